@@ -1,0 +1,150 @@
+"""The bond graph of one molecule, read from a Topology: fragments, rings, amide bonds, the backbone."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from openmm_bg.errors import InputError
+
+_BACKBONE_NAMES = {"N", "CA", "C"}
+
+
+class MoleculeGraph:
+    """Bonds, elements and names of a single molecule.
+
+    Parameters
+    ----------
+    topology
+        An ``openmm.app.Topology`` with all bonds of exactly one molecule.
+
+    Raises
+    ------
+    InputError
+        No bonds, more than one fragment, or fewer than three atoms.
+    """
+
+    def __init__(self, topology: Any) -> None:
+        atoms = list(topology.atoms())
+        self.n_atoms = len(atoms)
+        self.names = [atom.name for atom in atoms]
+        self.elements = ["" if atom.element is None else atom.element.symbol for atom in atoms]
+        self.residues = [atom.residue.name for atom in atoms]
+        self.residue_index = [atom.residue.index for atom in atoms]
+        neighbours: list[set[int]] = [set() for _ in atoms]
+        for a, b in topology.bonds():
+            neighbours[a.index].add(b.index)
+            neighbours[b.index].add(a.index)
+        self.neighbours = [sorted(found) for found in neighbours]
+        if self.n_atoms < 3:
+            raise InputError(f"The topology has {self.n_atoms} atoms: internal coordinates need at least three.")
+        if not any(self.neighbours):
+            raise InputError("The topology has no bonds: add them (CONECT records, or Topology.addBond).")
+        reached = self.distances(0)
+        if len(reached) != self.n_atoms:
+            missing = next(i for i in range(self.n_atoms) if i not in reached)
+            raise InputError(
+                "The topology is not one molecule: its bonds do not link atom "
+                f"{missing} ({self.label(missing)}) to atom 0 ({self.label(0)}); give a single molecule with all bonds."
+            )
+        self._bridges = self._find_bridges()
+
+    def label(self, atom: int) -> str:
+        """Residue and atom name, for messages."""
+        return f"{self.residues[atom]}{self.residue_index[atom] + 1}-{self.names[atom]}"
+
+    def is_hydrogen(self, atom: int) -> bool:
+        return self.elements[atom] in ("H", "D")
+
+    def heavy_neighbours(self, atom: int) -> list[int]:
+        return [other for other in self.neighbours[atom] if not self.is_hydrogen(other)]
+
+    def distances(self, start: int) -> dict[int, int]:
+        """Bonds between ``start`` and every atom it reaches."""
+        found = {start: 0}
+        queue = deque([start])
+        while queue:
+            atom = queue.popleft()
+            for other in self.neighbours[atom]:
+                if other not in found:
+                    found[other] = found[atom] + 1
+                    queue.append(other)
+        return found
+
+    def in_ring(self, a: int, b: int) -> bool:
+        """True if the bond a-b closes a ring, so that nothing can turn about it freely."""
+        return (min(a, b), max(a, b)) not in self._bridges
+
+    def is_amide(self, a: int, b: int) -> bool:
+        """True for the C-N bond of a carbonyl carbon and a nitrogen (peptide, amide, urea)."""
+        for carbon, nitrogen in ((a, b), (b, a)):
+            if self.elements[carbon] == "C" and self.elements[nitrogen] == "N":
+                if len(self.neighbours[carbon]) == 3 and any(
+                    self.elements[o] == "O" and len(self.neighbours[o]) == 1 for o in self.neighbours[carbon]
+                ):
+                    return True
+        return False
+
+    def backbone(self) -> list[bool]:
+        """Atoms of the backbone: N, CA, C of amino acids and the heavy chain of their caps.
+
+        A molecule without amino acids has none; there the longest chain of heavy atoms takes its place.
+        """
+        by_residue: dict[int, dict[str, int]] = {}
+        for atom, name in enumerate(self.names):
+            by_residue.setdefault(self.residue_index[atom], {})[name] = atom
+        flags = [False] * self.n_atoms
+        for names in by_residue.values():
+            if _BACKBONE_NAMES <= names.keys():
+                for name in _BACKBONE_NAMES:
+                    flags[names[name]] = True
+        if not any(flags):
+            for atom in self._longest_heavy_chain():
+                flags[atom] = True
+            return flags
+        for atom in range(self.n_atoms):  # caps: ACE's C and CH3, NME's N and C, linked to an amino acid's N or C
+            if self.residues[atom] in ("ACE", "NME", "NH2", "NMA") and not self.is_hydrogen(atom):
+                flags[atom] = self.elements[atom] in ("C", "N")
+        return flags
+
+    def _longest_heavy_chain(self) -> list[int]:
+        def farthest(start: int) -> list[int]:
+            previous = {start: start}
+            queue = deque([start])
+            last = start
+            while queue:
+                last = queue.popleft()
+                for other in self.heavy_neighbours(last):
+                    if other not in previous:
+                        previous[other] = last
+                        queue.append(other)
+            path = [last]
+            while path[-1] != start:
+                path.append(previous[path[-1]])
+            return path
+
+        heavy = [atom for atom in range(self.n_atoms) if not self.is_hydrogen(atom)]
+        return farthest(farthest(heavy[0])[0]) if heavy else []
+
+    def _find_bridges(self) -> set[tuple[int, int]]:
+        """Bonds outside every ring (Tarjan's bridges, without recursion: proteins are deep)."""
+        index: dict[int, int] = {}
+        low: dict[int, int] = {}
+        bridges: set[tuple[int, int]] = set()
+        stack: list[tuple[int, int, int]] = [(0, -1, 0)]
+        while stack:
+            atom, parent, position = stack.pop()
+            if position == 0:
+                index[atom] = low[atom] = len(index)
+            if position < len(self.neighbours[atom]):
+                stack.append((atom, parent, position + 1))
+                other = self.neighbours[atom][position]
+                if other not in index:
+                    stack.append((other, atom, 0))
+                elif other != parent:
+                    low[atom] = min(low[atom], index[other])
+            elif parent >= 0:
+                low[parent] = min(low[parent], low[atom])
+                if low[atom] > index[parent]:
+                    bridges.add((min(atom, parent), max(atom, parent)))
+        return bridges

@@ -1,0 +1,142 @@
+"""A Z-matrix that follows the bond graph: who is placed from whom, and which sibling carries the torsion.
+
+The rule (docs/theory.md, "Z-matrix rule"): all children of one atom are measured from one axis, the bond of that atom
+to its parent, with the grandparent as the zero of the dihedral; the seed holds no hydrogen unless nothing else exists.
+So the angle between two hydrogens of one carbon depends on their own angles and offsets alone, and the constraint
+determinant does not move when a torsion turns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from openmm_bg.coordinates.graph import MoleculeGraph
+from openmm_bg.errors import InputError
+
+
+@dataclass(frozen=True)
+class ZMatrix:
+    """Placement of N atoms: three seed atoms, then one row for each of the others.
+
+    Rows are sorted by level; a row's parent is a seed atom (level 1) or stands exactly one level before it.
+
+    Parameters
+    ----------
+    seed
+        Atoms 0, 1, 2: linked 0-1 and 1-2.
+    rows
+        [N-3] tuples (atom, parent, grandparent, great-grandparent): length atom-parent, angle
+        atom-parent-grandparent, dihedral atom-parent-grandparent-great-grandparent.
+    levels
+        [N-3] level of each row, from 1.
+    carrier
+        [N-3] row that carries the dihedral of this row's group of siblings: the row itself for the carrier, -1 for
+        a child of the middle seed atom, whose zero is seed atom 2 itself.
+    triple
+        Rows (carrier, second, third) of groups of exactly three identical hydrogens: methyl, ammonium.
+    """
+
+    seed: tuple[int, int, int]
+    rows: list[tuple[int, int, int, int]]
+    levels: list[int]
+    carrier: list[int]
+    triple: list[tuple[int, int, int]] = field(default_factory=list)
+
+    @property
+    def n_atoms(self) -> int:
+        return len(self.rows) + 3
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ZMatrix:
+        return cls(
+            seed=(data["seed"][0], data["seed"][1], data["seed"][2]),
+            rows=[(r[0], r[1], r[2], r[3]) for r in data["rows"]],
+            levels=list(data["levels"]),
+            carrier=list(data["carrier"]),
+            triple=[(t[0], t[1], t[2]) for t in data["triple"]],
+        )
+
+
+def _choose_seed(graph: MoleculeGraph, constrained: set[tuple[int, int]]) -> tuple[int, int, int]:
+    backbone = graph.backbone()
+    best: tuple[Any, tuple[int, int, int]] | None = None
+    for middle in range(graph.n_atoms):
+        heavy = graph.heavy_neighbours(middle)
+        if graph.is_hydrogen(middle) or len(heavy) < 2:
+            continue
+        depth = max(graph.distances(middle).values())
+        # Prefer backbone neighbours on both sides, so that the tree's torsions are the field's own (φ, ψ, ω).
+        ends = sorted(heavy, key=lambda a: (not backbone[a], a))[:2]
+        alpha = graph.names[middle] == "CA" and backbone[middle]
+        score = (not (backbone[middle] and backbone[ends[0]] and backbone[ends[1]]), not alpha, depth, middle)
+        if best is None or score < best[0]:
+            best = (score, (ends[0], middle, ends[1]))
+    if best is not None:
+        return best[1]
+    for middle in range(graph.n_atoms):  # methanol and the like: hydrogens, as long as no length of theirs is fixed
+        for first in graph.neighbours[middle]:
+            for last in graph.neighbours[middle]:
+                pairs = {(min(middle, a), max(middle, a)) for a in (first, last)}
+                if first < last and not pairs & constrained:
+                    ends = sorted((first, last), key=graph.is_hydrogen)
+                    return (ends[0], middle, ends[1])
+    raise InputError(
+        "The molecule has no three linked heavy atoms and its hydrogen bond lengths are constrained: "
+        "build its System with constraints=None."
+    )
+
+
+def build_zmatrix(topology: Any, constrained: set[tuple[int, int]] | None = None) -> ZMatrix:
+    """Z-matrix of a single molecule.
+
+    Parameters
+    ----------
+    topology
+        ``openmm.app.Topology`` with all bonds.
+    constrained
+        Pairs (i, j), i < j, whose distance the System fixes; matters for molecules without three heavy atoms only.
+
+    Raises
+    ------
+    InputError
+        Not one molecule, bonds missing, or no usable seed.
+    """
+    graph = MoleculeGraph(topology)
+    backbone = graph.backbone()
+    seed = _choose_seed(graph, constrained or set())
+    first, middle, last = seed
+    # (parent, grandparent) of each placed atom, as its children see them
+    above: dict[int, tuple[int, int]] = {first: (middle, last), middle: (first, last), last: (middle, first)}
+    rows: list[tuple[int, int, int, int]] = []
+    levels: list[int] = []
+    carrier: list[int] = []
+    triple: list[tuple[int, int, int]] = []
+    front, level = [first, middle, last], 1
+    while front:
+        children: dict[int, list[int]] = {}
+        for parent in front:
+            for child in graph.neighbours[parent]:
+                if child not in above:
+                    above[child] = (parent, above[parent][0])
+                    children.setdefault(parent, []).append(child)
+        front = []
+        for parent, found in children.items():
+            # The carrier: backbone first, then heavy atoms by the size of what hangs on them, then hydrogens.
+            found.sort(key=lambda a: (not backbone[a], graph.is_hydrogen(a), -len(graph.neighbours[a]), a))
+            grandparent, great = above[parent]
+            start = len(rows)
+            for child in found:
+                rows.append((child, parent, grandparent, great))
+                levels.append(level)
+                carrier.append(-1 if parent == middle else start)
+            if parent != middle and len(found) == 3 and all(
+                graph.is_hydrogen(c) and len(graph.neighbours[c]) == 1 for c in found
+            ):
+                triple.append((start, start + 1, start + 2))
+            front.extend(found)
+        level += 1
+    return ZMatrix(seed=seed, rows=rows, levels=levels, carrier=carrier, triple=triple)

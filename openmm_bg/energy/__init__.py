@@ -1,0 +1,23 @@
+"""Reduced energies and forces of batches of positions, evaluated by OpenMM.
+
+`ContextPool` evaluates many frames at once in copies of the user's Context; `reduced_energy` makes that a
+differentiable torch function; `Target` combines it with a coordinate map into the log-density that a flow is
+weighed against; `regularise_energy` tames energies for training, and for training only.
+"""
+
+from .pool import ContextPool
+from .reduced import BOLTZMANN, reduced_energy, thermal_energy
+from .regulariser import regularise_energy
+from .target import Target
+from .tuning import Tuning, tune
+
+__all__ = [
+    "BOLTZMANN",
+    "ContextPool",
+    "Target",
+    "Tuning",
+    "reduced_energy",
+    "regularise_energy",
+    "thermal_energy",
+    "tune",
+]

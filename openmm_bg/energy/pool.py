@@ -1,0 +1,289 @@
+"""Energies and forces of batches of frames, in copies of the user's Context."""
+
+from __future__ import annotations
+
+import logging
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only then)
+from openmm import unit  # isort: skip
+
+from ..errors import EnergyError, InputError
+from .snapshot import (
+    ContextState,
+    clone_system,
+    digest_system,
+    energy_tolerance,
+    is_double,
+    platform_properties,
+    read_state,
+)
+from .tuning import Tuning, check_choice, tune
+from .workers import Workers
+
+logger = logging.getLogger(__name__)
+
+#: Coordinates beyond this are not sent to OpenMM, nm: their squares overflow single precision, and the tests on
+#: squared displacements by which a platform notices that its neighbour list is stale would fail.
+FARTHEST = 1.0e18
+
+
+class ContextPool:
+    """Evaluates batches of positions in clones of a Context, one per worker thread.
+
+    The clones have the Context's System, box, global parameters and, on its platform, its platform properties.
+    The Context itself is only read: its positions, parameters and step count stay as they are. All energies of
+    one pool count as one energy function (docs/theory.md, rule 4): compare old and new states with the same pool.
+
+    Parameters
+    ----------
+    context
+        The user's Context, with positions set and a finite energy.
+    platform
+        Platform of the clones. None: timed (see `tune`), and possibly another than the Context's own.
+    n_workers
+        Number of clones. None: timed.
+    positions
+        [F, N, 3] nm, frames to time on; default the Context's own.
+
+    Attributes
+    ----------
+    n_atoms, platform, n_workers
+        What was chosen.
+    tuning
+        Report of the timing, or None if both choices were given.
+    n_energies
+        Frames that OpenMM evaluated.
+    n_nonfinite
+        Frames whose energy came out as +inf: positions not finite, energy not finite, or OpenMM raised.
+
+    Raises
+    ------
+    InputError
+        A wrong argument, or a Context without finite positions and energy.
+    EnergyError
+        The System cannot be evaluated in a clone, or energies there differ from the Context's own.
+
+    Examples
+    --------
+    >>> with ContextPool(simulation.context) as pool:  # doctest: +SKIP
+    ...     energies, forces = pool.energies_and_forces(positions)
+    """
+
+    def __init__(
+        self,
+        context: openmm.Context,
+        *,
+        platform: str | None = None,
+        n_workers: int | None = None,
+        positions: ArrayLike | torch.Tensor | None = None,
+    ) -> None:
+        check_choice(platform, n_workers)
+        self.context = context
+        self.n_atoms: int = context.getSystem().getNumParticles()
+        self.tuning: Tuning | None = None
+        self.n_energies = 0
+        self.n_nonfinite = 0
+        self._unpushed: str | None = None
+        self._warned = False
+        state = read_state(context)
+        own = context.getPlatform().getName()
+        name, count = platform, n_workers
+        if name is None or count is None:
+            frames = None if positions is None else self._to_numpy(positions)
+            if frames is not None and (len(frames) == 0 or not np.isfinite(frames).all()):
+                raise InputError("positions to time on must be at least one frame of finite numbers.")
+            self.tuning = tune(context, platform=platform, n_workers=n_workers, positions=frames)
+            name, count = self.tuning.chosen.platform, self.tuning.chosen.n_workers
+        self._digest = digest_system(context)
+        self._workers = self._make_workers(name, count)
+        try:
+            self._synchronise(state)
+        except EnergyError as error:
+            self.close()
+            if platform is not None or name == own:
+                raise
+            logger.warning("The %s platform is not used (%s)", name, error)
+            self._workers = self._make_workers(own, count)
+            try:
+                self._synchronise(state)
+            except EnergyError:
+                self.close()
+                raise
+
+    @property
+    def platform(self) -> str:
+        """Name of the clones' platform."""
+        return self._workers.platform
+
+    @property
+    def n_workers(self) -> int:
+        """Number of clones, each in its own thread."""
+        return self._workers.n
+
+    def __enter__(self) -> ContextPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the worker threads and destroy the clones. Also done when the pool is collected, and at exit."""
+        self._workers.close()
+
+    def energies(self, positions: ArrayLike | torch.Tensor) -> NDArray[np.float64]:
+        """Potential energies.
+
+        Parameters
+        ----------
+        positions
+            [B, N, 3] nm; numpy array or torch tensor of any numeric type.
+
+        Returns
+        -------
+        ndarray
+            [B] float64 kJ/mol; +inf where positions or energy are not finite or OpenMM raised.
+
+        Raises
+        ------
+        InputError
+            A wrong shape.
+        EnergyError
+            The pool is closed.
+        """
+        return self._evaluate(positions, forces=False)[0]
+
+    def energies_and_forces(
+        self, positions: ArrayLike | torch.Tensor
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Potential energies [B] in kJ/mol, and forces [B, N, 3] in kJ/mol/nm, as `energies`.
+
+        Forces are zero where the energy is +inf, and in a frame any of whose forces is not finite.
+        """
+        energies, forces = self._evaluate(positions, forces=True)
+        assert forces is not None
+        return energies, forces
+
+    def sync(self) -> None:
+        """Follow the user's Context: global parameters, box, and force parameters.
+
+        Global parameters and box are copied. Force parameters cannot be read from a Context, so the energy of the
+        Context's positions is compared in both (`energy_tolerance`, for the coarser of the two precisions), and
+        the System is compared with the one that the clones were made from. If either differs, the clones are
+        made afresh from the Context's System and compared once more. A System that was changed but not pushed
+        into its Context (`updateParametersInContext`, `reinitialize`) leaves the clones as they are as long as
+        they agree with the Context, for it is the Context that is being sampled.
+
+        Raises
+        ------
+        InputError
+            The Context's positions are unset or not finite, or its energy is not finite.
+        EnergyError
+            Clones of the Context's System do not have the Context's energy.
+        """
+        self._synchronise(read_state(self.context))
+
+    def _synchronise(self, state: ContextState) -> None:
+        if len(state.positions) != self.n_atoms:
+            raise EnergyError(
+                f"The Context now has {len(state.positions)} particles instead of {self.n_atoms}: make another pool."
+            )
+        self._workers.apply(state)
+        gap, tolerance = self._compare(self._workers, state)
+        agrees = abs(gap) <= tolerance  # False for NaN
+        digest = digest_system(self.context)
+        if agrees and digest in (self._digest, self._unpushed):
+            return
+        fresh = self._make_workers(self.platform, self.n_workers)
+        try:
+            fresh.apply(state)
+            fresh_gap, fresh_tolerance = self._compare(fresh, state)
+        except BaseException:
+            fresh.close()
+            raise
+        if abs(fresh_gap) <= fresh_tolerance:
+            # Also if the old clones agree: the change may not show at these positions, and a System that is
+            # edited is normally pushed.
+            self._workers.close()
+            self._workers, self._digest, self._unpushed = fresh, digest, None
+            logger.debug("The clones were made afresh from the Context's System.")
+            return
+        fresh.close()
+        if agrees:
+            self._unpushed = digest
+            logger.warning(
+                "The System was changed without telling its Context (updateParametersInContext or reinitialize); "
+                "energies follow the Context."
+            )
+            return
+        raise EnergyError(
+            f"A copy of the Context's System on {self.platform} differs from the Context by {fresh_gap:.6g} kJ/mol "
+            f"at its positions (rounding allows {fresh_tolerance:.2g}): call updateParametersInContext on the forces "
+            "that were changed, or context.reinitialize(preserveState=True)."
+        )
+
+    def _compare(self, workers: Workers, state: ContextState) -> tuple[float, float]:
+        """Energy of a clone minus the Context's own at its positions, and how much of that rounding allows."""
+        try:
+            energy, groups = workers.group_energies(state.positions)
+        except openmm.OpenMMException as error:
+            message = str(error).rstrip(".")
+            raise EnergyError(
+                f"The {workers.platform} platform cannot evaluate the System ({message})."
+            ) from error
+        own = self.context.getPlatform().getName()
+        double = is_double(own, platform_properties(own, self.context)) and is_double(
+            workers.platform, platform_properties(workers.platform, self.context)
+        )
+        same = own == workers.platform
+        return energy - state.energy, energy_tolerance(state, groups, double=double, same_platform=same)
+
+    def _make_workers(self, platform: str, count: int) -> Workers:
+        try:
+            return Workers(
+                clone_system(self.context), platform, platform_properties(platform, self.context), count
+            )
+        except openmm.OpenMMException as error:
+            message = str(error).rstrip(".")
+            raise EnergyError(f"The {platform} platform cannot hold the System ({message}).") from error
+
+    def _to_numpy(self, positions: Any) -> NDArray[np.float64]:
+        if isinstance(positions, torch.Tensor):
+            positions = positions.detach().cpu().numpy()
+        elif unit.is_quantity(positions):
+            positions = positions.value_in_unit(unit.nanometer)
+        try:
+            array = np.ascontiguousarray(positions, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise InputError(f"positions must be numbers of shape [B, {self.n_atoms}, 3].") from None
+        if array.ndim != 3 or array.shape[1:] != (self.n_atoms, 3):
+            raise InputError(f"positions must have shape [B, {self.n_atoms}, 3], not {list(array.shape)}.")
+        return array
+
+    def _evaluate(
+        self, positions: Any, *, forces: bool
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        array = self._to_numpy(positions)
+        # Also False for NaN and inf, of which OpenMM's platforms make exceptions, stale energies or zeros.
+        sound = np.abs(array).max(axis=(1, 2), initial=0.0) < FARTHEST
+        rows = np.flatnonzero(sound).tolist()
+        energies, out = self._workers.evaluate(array, rows, forces=forces)
+        bad = ~np.isfinite(energies)
+        energies[bad] = np.inf
+        if out is not None:
+            out[bad | ~np.isfinite(out).all(axis=(1, 2))] = 0.0
+        self.n_energies += len(rows)
+        self.n_nonfinite += int(bad.sum())
+        if self._workers.failure is not None and not self._warned:
+            self._warned = True
+            logger.warning(
+                "OpenMM could not evaluate a frame, which counts as +inf: %s", self._workers.failure
+            )
+        return energies, out

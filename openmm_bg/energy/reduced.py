@@ -1,0 +1,92 @@
+"""The reduced potential u = U/kT as a differentiable torch function."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openmm import unit  # isort: skip  (torch first: OpenMM's torch plugin loads only then)
+
+from ..errors import InputError
+from .pool import ContextPool
+
+#: Molar gas constant R in kJ/mol/K, as OpenMM has it (Boltzmann's constant per mole).
+BOLTZMANN: float = float(
+    unit.MOLAR_GAS_CONSTANT_R.value_in_unit(unit.kilojoule_per_mole / unit.kelvin)  # type: ignore[attr-defined]
+)
+
+
+def thermal_energy(temperature: Any) -> float:
+    """kT in kJ/mol.
+
+    Parameters
+    ----------
+    temperature
+        A positive number of kelvin, or an `openmm.unit.Quantity`.
+
+    Raises
+    ------
+    InputError
+        Not a temperature, or not positive and finite.
+    """
+    value = temperature
+    if unit.is_quantity(value):
+        if not value.unit.is_compatible(unit.kelvin):
+            raise InputError(f"The temperature must be in kelvin, not in {value.unit}.")
+        value = value.value_in_unit(unit.kelvin)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise InputError(f"The temperature must be a number of kelvin or a Quantity, not {temperature!r}.")
+    if not (math.isfinite(value) and value > 0):
+        raise InputError(f"The temperature must be positive and finite, not {temperature}.")
+    return BOLTZMANN * float(value)
+
+
+class _ReducedEnergy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, positions: Tensor, pool: ContextPool, kT: float) -> Tensor:
+        energies, forces = pool.energies_and_forces(positions)
+        ctx.save_for_backward(torch.from_numpy(forces / -kT).to(positions))
+        return torch.from_numpy(energies / kT).to(positions.device)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (slope,) = ctx.saved_tensors
+        product = grad.to(slope)[:, None, None] * slope
+        # A frame without a finite energy has zero slope here, but 0 times an infinite `grad` would be NaN.
+        return torch.where(slope == 0, torch.zeros_like(slope), product), None, None
+
+
+def reduced_energy(positions: Tensor, pool: ContextPool, temperature: Any) -> Tensor:
+    """Reduced potential u(x) = U(x)/kT, with du/dx = -F/kT (notation of docs/theory.md).
+
+    Parameters
+    ----------
+    positions
+        [B, N, 3] nm, any floating type.
+    pool
+        Where the energies come from.
+    temperature
+        The target's temperature: kelvin, or a Quantity.
+
+    Returns
+    -------
+    Tensor
+        [B] float64; +inf where the energy is not finite, with gradient zero there. Differentiable once.
+
+    Raises
+    ------
+    InputError
+        A wrong shape or temperature.
+    """
+    kT = thermal_energy(temperature)
+    if not isinstance(positions, Tensor):
+        raise InputError(f"positions must be a torch tensor, not {type(positions).__name__}.")
+    if torch.is_grad_enabled() and positions.requires_grad:
+        result: Tensor = _ReducedEnergy.apply(positions, pool, kT)  # type: ignore[no-untyped-call]
+        return result
+    return torch.from_numpy(pool.energies(positions) / kT).to(positions.device)

@@ -1,0 +1,211 @@
+"""Which platform, and how many Contexts beside each other, evaluate this System fastest: measured, not guessed.
+
+No rule of thumb holds: the Reference platform is thirty times faster than the CPU platform on a small molecule in
+vacuum and ten times slower on one in implicit solvent, and some forces do not gain from a second thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import openmm
+from numpy.typing import NDArray
+
+from ..errors import EnergyError, InputError
+from .snapshot import ContextState, clone_system, platform_properties, read_state
+from .workers import Workers, usable_cores
+
+logger = logging.getLogger(__name__)
+
+#: Seconds after which no further candidate is started, and seconds of timing per candidate.
+TOTAL_SECONDS = 1.6
+CANDIDATE_SECONDS = 0.12
+
+#: A candidate is hopeless if even perfect scaling of its first frame, taken this many times faster (a first frame
+#: pays for neighbour lists and caches), stays behind the best one so far.
+WARM_UP = 3.0
+
+#: More workers must gain this factor, or the series of worker counts ends: less is noise, and costs memory.
+GAIN = 1.05
+
+_FRAMES = 512
+
+
+@dataclass(frozen=True)
+class TuningRow:
+    """One candidate: platform, number of Contexts, frames per second (None if not timed), and why not."""
+
+    platform: str
+    n_workers: int
+    frames_per_second: float | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Report of `tune`: every candidate in the order tried, and the chosen one."""
+
+    rows: tuple[TuningRow, ...]
+    chosen: TuningRow
+    seconds: float
+
+    def __str__(self) -> str:
+        others = ", ".join(
+            f"{row.platform} x {row.n_workers}: "
+            + (row.note if row.frames_per_second is None else f"{row.frames_per_second:.3g}")
+            for row in self.rows
+            if row is not self.chosen
+        )
+        return (
+            f"Energies run in {self.chosen.n_workers} Context(s) on {self.chosen.platform}, "
+            f"{self.chosen.frames_per_second:.3g} frames/s"
+            + (f" (others: {others})" if others else "")
+            + f", found in {self.seconds:.1f} s."
+        )
+
+
+def tune(
+    context: openmm.Context,
+    *,
+    platform: str | None = None,
+    n_workers: int | None = None,
+    positions: NDArray[np.float64] | None = None,
+) -> Tuning:
+    """Time energies and forces on every platform present and on growing numbers of workers.
+
+    The Context's own platform comes first and is always a candidate; others that cannot hold the System are
+    skipped. The chosen platform may compute in a coarser precision than the Context's own: name `platform` where
+    that is not wanted.
+
+    Parameters
+    ----------
+    context
+        Context with positions; it is read only.
+    platform, n_workers
+        Fix one of the two; None means to be found.
+    positions
+        [F, N, 3] nm, finite frames like those to come; default the Context's own positions.
+
+    Returns
+    -------
+    Tuning
+        The report; also logged in one sentence at level INFO.
+
+    Raises
+    ------
+    InputError
+        No such platform, a worker count below 1, or a Context without finite positions and energy.
+    EnergyError
+        No candidate could be timed.
+    """
+    started = time.perf_counter()
+    check_choice(platform, n_workers)
+    state = read_state(context)
+    frames = _frames(state, positions)
+    system = clone_system(context)
+    cores = len(usable_cores())
+    counts = [n_workers] if n_workers is not None else _counts(cores)
+
+    rows: list[TuningRow] = []
+    best = 0.0
+    for name in [platform] if platform is not None else _platforms(context):
+        best_here = 0.0
+        for count in counts:
+            if rows and best > 0.0 and time.perf_counter() - started > TOTAL_SECONDS:
+                break
+            try:
+                workers = Workers(system, name, platform_properties(name, context), count)
+            except openmm.OpenMMException as error:
+                rows.append(TuningRow(name, count, None, f"cannot hold this System ({error})"))
+                break
+            try:
+                workers.apply(state)
+                rate = _rate(workers, frames, hopeless_below=best, scaling=max(counts) / count)
+            finally:
+                workers.close()
+            if workers.failure is not None:
+                rows.append(TuningRow(name, count, None, f"cannot evaluate this System ({workers.failure})"))
+                break
+            if rate is None:
+                rows.append(TuningRow(name, count, None, "too slow"))
+                break
+            rows.append(TuningRow(name, count, rate))
+            best = max(best, rate)
+            if rate < GAIN * best_here:
+                break
+            best_here = max(best_here, rate)
+
+    timed = [row for row in rows if row.frames_per_second is not None]
+    if not timed:
+        reasons = "; ".join(f"{row.platform}: {row.note}" for row in rows)
+        raise EnergyError(f"No platform could evaluate the System in a copy of the Context ({reasons}).")
+    chosen = max(timed, key=lambda row: row.frames_per_second or 0.0)
+    report = Tuning(tuple(rows), chosen, time.perf_counter() - started)
+    logger.info("%s", report)
+    return report
+
+
+def check_choice(platform: str | None, n_workers: int | None) -> None:
+    """Refuse a platform that is not there and a worker count below 1."""
+    if platform is not None and platform not in platform_names():
+        raise InputError(
+            f"There is no platform {platform!r} here: name one of {', '.join(platform_names())}."
+        )
+    if n_workers is not None and (
+        isinstance(n_workers, bool) or int(n_workers) != n_workers or n_workers < 1
+    ):
+        raise InputError(f"n_workers must be a whole number of at least 1, not {n_workers!r}.")
+
+
+def platform_names() -> list[str]:
+    """Names of the platforms that this OpenMM has."""
+    return [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())]
+
+
+def _platforms(context: openmm.Context) -> list[str]:
+    # Own platform first: it is sure to work. Then the two that start in milliseconds.
+    names = [context.getPlatform().getName(), "Reference", "CPU", *platform_names()]
+    return [name for name in dict.fromkeys(names) if name in platform_names()]
+
+
+def _counts(cores: int) -> list[int]:
+    counts = [2**k for k in range(cores.bit_length()) if 2**k < cores]
+    return [*counts, cores]
+
+
+def _frames(state: ContextState, positions: NDArray[np.float64] | None) -> NDArray[np.float64]:
+    given = state.positions[None] if positions is None else positions
+    frames = np.ascontiguousarray(np.resize(given, (_FRAMES, *state.positions.shape)))
+    # Every second frame is moved as a whole, or a neighbour list would serve them all as it never does in earnest.
+    frames[1::2] += 0.2
+    return frames
+
+
+def _rate(
+    workers: Workers, frames: NDArray[np.float64], *, hopeless_below: float, scaling: float
+) -> float | None:
+    """Frames per second, or None if one frame per worker shows that the candidate cannot win."""
+
+    def seconds(n: int) -> float:
+        begin = time.perf_counter()
+        workers.evaluate(frames, list(range(n)), forces=True)
+        return max(time.perf_counter() - begin, 1e-9)
+
+    measure: Callable[[int], float] = seconds
+    n = workers.n
+    elapsed = measure(n)
+    if scaling * WARM_UP * n / elapsed < hopeless_below:
+        return None
+    # Grow towards a batch that fills half the time allowed, so that handing out work weighs as it does in use.
+    total = elapsed
+    while total < CANDIDATE_SECONDS and n < _FRAMES:
+        n = int(min(_FRAMES, max(2 * n, 0.5 * CANDIDATE_SECONDS * n / elapsed)))
+        if n * elapsed / workers.n > 4 * CANDIDATE_SECONDS and total > 0.5 * CANDIDATE_SECONDS:
+            break
+        elapsed = measure(n)
+        total += elapsed
+    return n / elapsed

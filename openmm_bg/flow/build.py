@@ -1,0 +1,72 @@
+"""From a layout and a configuration to a flow."""
+
+import torch
+from torch import nn
+
+from openmm_bg.errors import InputError
+from openmm_bg.flow.config import FlowConfig
+from openmm_bg.flow.density import FlowDensity
+from openmm_bg.flow.layout import FeatureLayout
+from openmm_bg.flow.nsf import NSF
+from openmm_bg.flow.split import SplitFlow
+
+
+def build_flow(layout: FeatureLayout, config: FlowConfig, seed: int = 0) -> FlowDensity:
+    """A flow over the coordinates of `layout`, which starts as its (shifted, scaled) base density.
+
+    Parameters
+    ----------
+    layout
+        The D coordinates.
+    config
+        The architecture.
+    seed
+        Of masks, phase shifts and initial weights; torch's global generator is left as it was.
+
+    Returns
+    -------
+    FlowDensity
+        In training mode, float32 networks.
+
+    Raises
+    ------
+    InputError
+        If the layout is empty.
+    """
+    if layout.n == 0:
+        raise InputError("The FeatureLayout has no coordinates: choose a representation that models at least one.")
+    # The density hands linear features over first.
+    features = sorted(range(layout.n), key=lambda i: layout.circular[i])
+    circular = [layout.circular[i] for i in features]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inner: nn.Module
+        if config.split:
+            inner = SplitFlow(circular, [layout.backbone[i] for i in features], features, config)
+        else:
+            inner = NSF(circular, features, config)
+        return FlowDensity(layout, inner)
+
+
+def matched_baseline(layout: FeatureLayout, config: FlowConfig) -> FlowConfig:
+    """The "nsf" preset with the hidden width at which its number of parameters is nearest to that of `config`.
+
+    Comparisons with the baseline are fair at a similar number of parameters only.
+    """
+    wanted = count_parameters(build_flow(layout, config))
+    with torch.device("meta"):
+        pass
+    low, high = 1, 4096
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _baseline_size(layout, middle) <= wanted:
+            low = middle
+        else:
+            high = middle
+    nearest = min((low, high), key=lambda hidden: abs(_baseline_size(layout, hidden) - wanted))
+    return FlowConfig.preset("nsf", hidden=nearest)
+
+
+def count_parameters(flow: nn.Module) -> int:
+    """Number of trainable scalars."""
+    return sum(p.numel() for p in flow.parameters() if p.requires_grad)

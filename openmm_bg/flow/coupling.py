@@ -1,0 +1,216 @@
+"""One coupling layer: half of the features sets the parameters of an invertible map of the other half.
+
+Dinh et al., "Density estimation using Real NVP" (2017), equations 7-8. Arrays are features first, [features, batch]
+(see `openmm_bg.flow.splines`).
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from openmm_bg.flow.attention import AttentionConditioner
+from openmm_bg.flow.config import FlowConfig
+from openmm_bg.flow.mlp import MLPConditioner
+from openmm_bg.flow.splines import RationalQuadraticSpline, wrap
+
+MAX_LOG_SCALE = 3.0
+"""Bound of the log-scale of an affine map: standardised features need less, and nothing overflows."""
+
+
+class CouplingLayer(nn.Module):
+    """Bend the transformed features given the others, which pass unchanged.
+
+    Circular features: shift by φ, circular spline, shift back. A spline with tied ends alone would fix ±π; the
+    shift moves that point, and is the identity together with the spline whatever φ is. Linear features: spline on
+    an interval, or affine, y = x e^s + t with s bounded by a tanh.
+
+    `inverse` (data → base), which training by likelihood calls, uses the explicit direction of the spline.
+
+    Parameters
+    ----------
+    circular
+        One flag per feature that the layer sees, F of them.
+    transformed
+        True for the features to bend, False for those that condition.
+    positions
+        Global coordinate index of each feature, for attention.
+    affine
+        Affine rather than spline map of the linear features.
+    config
+        Conditioner, bins and bounds.
+    """
+
+    conditioning: Tensor
+    bent: Tensor
+    order: Tensor
+    phase: Tensor
+
+    def __init__(
+        self,
+        circular: list[bool],
+        transformed: list[bool],
+        positions: list[int],
+        affine: bool,
+        config: FlowConfig,
+    ) -> None:
+        super().__init__()
+        features = sorted(range(len(circular)), key=lambda i: circular[i])  # stable: linear first, in order
+        given = [i for i in features if not transformed[i]]
+        bent = [i for i in features if transformed[i]]
+        n_given_linear = sum(not circular[i] for i in given)
+        self.n_linear = sum(not circular[i] for i in bent)
+        self.n_circular = len(bent) - self.n_linear
+        self.affine = affine
+        self.n_bins = config.n_bins
+        splined = bent[self.n_linear :] if affine else bent
+        self.n_splined = len(splined)
+        self.n_affine = len(bent) - len(splined)
+        self.max_log_scale = MAX_LOG_SCALE
+        self.spline = RationalQuadraticSpline([circular[i] for i in splined], config.n_bins, config.bound)
+
+        groups = [(self.n_affine, 2), (self.n_splined, 3 * config.n_bins)]
+        groups = [group for group in groups if group[0] > 0]
+        self.conditioner: nn.Module
+        if config.conditioner == "attention":
+            self.conditioner = AttentionConditioner(
+                positions=[positions[i] for i in given],
+                n_linear=n_given_linear,
+                targets=[positions[i] for i in bent],
+                group_sizes=[size for size, _ in groups],
+                group_params=[n_params for _, n_params in groups],
+                d_model=config.d_model,
+                d_key=config.d_key,
+                d_value=config.d_value,
+                dropout=config.dropout,
+                n_units=config.n_units,
+            )
+        else:
+            self.conditioner = MLPConditioner(
+                n_linear=n_given_linear,
+                n_circular=len(given) - n_given_linear,
+                n_rows=sum(size * n_params for size, n_params in groups),
+                hidden=config.hidden,
+                n_hidden=config.n_hidden,
+            )
+        # Index buffers are saved with the weights: random masks must come back as they were trained.
+        self.register_buffer("conditioning", torch.tensor(given, dtype=torch.long))
+        self.register_buffer("bent", torch.tensor(bent, dtype=torch.long))
+        self.register_buffer("order", torch.argsort(torch.tensor(given + bent, dtype=torch.long)))
+        phase = math.pi * (2.0 * torch.rand(self.n_circular, 1) - 1.0)
+        if config.phase_shift == "learned":
+            self.phase = nn.Parameter(phase)
+        else:
+            self.register_buffer("phase", phase)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Base → data: [F, B] to [F, B] and the log-determinant [B]."""
+        given = x.index_select(0, self.conditioning)
+        z = x.index_select(0, self.bent)
+        rows = self.conditioner(given).to(x.dtype)
+        linear, spline_params, log_scale, offset = self._split(z, rows)
+        log_det = log_scale.sum(0)
+        parts = [given, linear * log_scale.exp() + offset]
+        if self.n_splined > 0:
+            bent, log_det_spline = self.spline.inverse(self._shift(z[self.n_affine :]), spline_params)
+            parts.append(self._shift_back(bent))
+            log_det = log_det + log_det_spline
+        return torch.cat(parts).index_select(0, self.order), log_det
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Data → base: [F, B] to [F, B] and the log-determinant [B] of this direction."""
+        given = y.index_select(0, self.conditioning)
+        z = y.index_select(0, self.bent)
+        rows = self.conditioner(given).to(y.dtype)
+        linear, spline_params, log_scale, offset = self._split(z, rows)
+        log_det = -log_scale.sum(0)
+        parts = [given, (linear - offset) * (-log_scale).exp()]
+        if self.n_splined > 0:
+            bent, log_det_spline = self.spline(self._shift(z[self.n_affine :]), spline_params)
+            parts.append(self._shift_back(bent))
+            log_det = log_det + log_det_spline
+        return torch.cat(parts).index_select(0, self.order), log_det
+
+    def _split(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The affine features, the parameters of the spline [3K, F, B], and log-scale and offset of the affine map."""
+        n = self.n_affine
+        batch = z.shape[1]
+        spline_params = rows[2 * n :].reshape(3 * self.n_bins, self.n_splined, batch)
+        log_scale = self.max_log_scale * torch.tanh(rows[:n] / self.max_log_scale)
+        return z[:n], spline_params, log_scale, rows[n : 2 * n]
+
+    def _shift(self, z: Tensor) -> Tensor:
+        """Turn the circular features (the last ones) by the phase."""
+        n = z.shape[0] - self.n_circular
+        return torch.cat([z[:n], wrap(z[n:] + self.phase.to(z.dtype))])
+
+    def _shift_back(self, z: Tensor) -> Tensor:
+        n = z.shape[0] - self.n_circular
+        return torch.cat([z[:n], wrap(z[n:] - self.phase.to(z.dtype))])
+
+
+class CouplingStack(nn.Module):
+    """Coupling layers in a row, listed from the data to the base."""
+
+    def __init__(self, blocks: list[CouplingLayer]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Base → data: [F, B] to [F, B] and the log-determinant [B]."""
+        log_det = torch.zeros([z.shape[1]], dtype=z.dtype, device=z.device)
+        for block in self.blocks[::-1]:
+            z, change = block(z)
+            log_det = log_det + change
+        return z, log_det
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Data → base: [F, B] to [F, B] and the log-determinant [B] of this direction."""
+        log_det = torch.zeros([y.shape[1]], dtype=y.dtype, device=y.device)
+        for block in self.blocks:
+            y, change = block.inverse(y)
+            log_det = log_det + change
+        return y, log_det
+
+
+def alternating_masks(n_features: int, n_blocks: int, generator: torch.Generator) -> list[list[bool]]:
+    """Which features each of `n_blocks` successive layers transforms.
+
+    Layers come in pairs with complementary masks, so that every feature is transformed equally often. The first
+    pair alternates even and odd features, the second the first and second half, and the others are random halves:
+    two fixed patterns would leave features of equal parity in one half that never meet. A single feature is
+    transformed by every layer.
+    """
+    if n_features == 1:
+        return [[True] for _ in range(n_blocks)]
+    masks: list[list[bool]] = []
+    for pair in range((n_blocks + 1) // 2):
+        if pair == 0:
+            mask = [i % 2 == 0 for i in range(n_features)]
+        elif pair == 1:
+            mask = [i < n_features // 2 for i in range(n_features)]
+        else:
+            rank = torch.randperm(n_features, generator=generator).tolist()
+            mask = [r < n_features // 2 for r in rank]
+        masks += [mask, [not m for m in mask]]
+    return masks[:n_blocks]
+
+
+def build_stack(
+    circular: list[bool], positions: list[int], n_blocks: int, n_spline_blocks: int, config: FlowConfig
+) -> CouplingStack:
+    """`n_blocks` coupling layers over the given features (none if there are no features).
+
+    Masks and initial weights come from torch's global generator. With the mixed transform the first
+    `n_spline_blocks` layers, those nearest to the data, bend linear features by splines and the others by
+    affine maps.
+    """
+    if not circular:
+        return CouplingStack([])
+    generator = torch.Generator()
+    generator.manual_seed(int(torch.randint(2**31, ())))
+    blocks = []
+    for i, mask in enumerate(alternating_masks(len(circular), n_blocks, generator)):
+        affine = config.linear == "affine" or (config.linear == "mixed" and i >= n_spline_blocks)
+        blocks.append(CouplingLayer(circular, mask, positions, affine, config))
+    return CouplingStack(blocks)

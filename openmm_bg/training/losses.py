@@ -1,0 +1,281 @@
+"""The losses as pure functions of a density, samples and a target. Sources: docs/theory.md, Losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Regulariser = Callable[[Tensor], Tensor]
+
+
+class Evaluation(NamedTuple):
+    """Target at detached samples: what `evaluate_target` returns, all float64 and without a graph."""
+
+    log_density: Tensor  # [B] log π, unregularised, -inf or NaN where it does not exist
+    energy: Tensor  # [B] regularised -log π
+    gradient: Tensor  # [B, D] gradient of `energy` in y; 0 where not finite
+    finite: Tensor  # [B] bool: log π and the gradient both finite
+
+
+class KLResult(NamedTuple):
+    """Reverse KL of a batch."""
+
+    loss: Tensor  # scalar with a graph, NaN without one if no sample is finite
+    n_dropped: Tensor  # scalar int64: samples left out
+    log_weights: Tensor  # [B] log π - log q + log-normalisers, unregularised, float64, detached
+
+
+class PathResult(NamedTuple):
+    """Path-gradient surrogate of a batch."""
+
+    loss: Tensor  # scalar: value 0, gradient that of the KL divergence
+    mismatch: Tensor  # scalar: weighted mean of |∇log π - ∇log q|², 0 at the optimum
+    n_dropped: Tensor  # scalar int64
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Dropout off inside the block; the flag of the module before it is put back afterwards."""
+    was_training = module.training
+    if was_training:
+        module.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            module.train()
+
+
+def weighted_mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean of `values` [B], self-normalised with `weights` [B] >= 0 if given."""
+    if weights is None:
+        return values.mean()
+    weights = weights.to(values.dtype)
+    return (weights * values).sum() / weights.sum()
+
+
+def nll(density: Any, y: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Negative log-likelihood ``-E_p[log q(y)]`` of samples y [B, D], weighted if `weights` [B] are given."""
+    return -weighted_mean(density.log_prob(y), weights)
+
+
+def clipped_weights(log_w: Tensor, clip: float = 2.0, median: Tensor | float | None = None) -> Tensor:
+    """``exp(min(log w - median, clip))`` [B]: one huge weight must not own a batch. For training only."""
+    centre = log_w.median() if median is None else median
+    return torch.exp(torch.clamp(log_w - centre, max=clip))
+
+
+def buffer_nll(
+    density: Any, y: Tensor, log_w: Tensor, clip: float = 2.0, median: Tensor | float | None = None
+) -> Tensor:
+    """NLL of flow samples reweighted to the target, with weights clipped as in `clipped_weights`.
+
+    Parameters
+    ----------
+    y
+        [B, D] samples of the density as it was when `log_w` was evaluated.
+    log_w
+        [B] finite log importance weights (formulas A and B of docs/theory.md).
+    median
+        Of log w over all samples kept; that of the batch if None.
+    """
+    return nll(density, y, clipped_weights(log_w, clip, median))
+
+
+def backbone_distances(positions: Tensor, atom_indices: Tensor, offset: int = 1) -> Tensor:
+    """Distances between named atoms, the upper triangle of their matrix from diagonal `offset` on.
+
+    Parameters
+    ----------
+    positions
+        [B, N, 3], nm.
+    atom_indices
+        [n] atoms, usually N, Cα and C of every residue.
+
+    Returns
+    -------
+    Tensor
+        [B, P] nm; P = n (n - 1) / 2 for offset 1.
+    """
+    atoms = positions[:, atom_indices]
+    i, j = torch.triu_indices(atoms.shape[1], atoms.shape[1], offset, device=positions.device)
+    return torch.linalg.vector_norm(atoms[:, i] - atoms[:, j], dim=-1)
+
+
+def w2_distance(xq: Tensor, xp: Tensor) -> Tensor:
+    """Squared 2-Wasserstein (Fréchet) distance between Gaussian fits of two batches, in float64.
+
+    With ``A = (X - mean) / sqrt(B - 1)``: ``|Δmean|² + ‖A_q‖²_F + ‖A_p‖²_F - 2 ‖A_q A_pᵀ‖_*``, for the
+    nonzero singular values of ``A_q A_pᵀ`` are the square roots of the eigenvalues of Σ_q Σ_p, whose P × P
+    matrices are never formed (docs/theory.md, Losses). The gradient of the nuclear norm is U Vᵀ over the
+    nonzero singular values: no gap between them divides it, so degenerate ones are harmless.
+
+    Parameters
+    ----------
+    xq, xp
+        [B1, P] and [B2, P]; the numbers of samples may differ, both at least 2.
+    """
+    xq, xp = xq.double(), xp.double()
+    mean_q, mean_p = xq.mean(dim=0), xp.mean(dim=0)
+    a_q = (xq - mean_q) / (xq.shape[0] - 1) ** 0.5
+    a_p = (xp - mean_p) / (xp.shape[0] - 1) ** 0.5
+    singular = torch.linalg.svdvals(a_q @ a_p.T)
+    # A centred batch has a null direction, where U and V are arbitrary: it takes no part in the gradient.
+    floor = singular.detach().max() * 1e-12
+    nuclear = torch.where(singular > floor, singular, torch.zeros_like(singular)).sum()
+    return (mean_q - mean_p).square().sum() + a_q.square().sum() + a_p.square().sum() - 2.0 * nuclear
+
+
+def evaluate_target(
+    target: Any,
+    y: Tensor,
+    s: Tensor,
+    *,
+    regulariser: Regulariser | None = None,
+    reference: float = 0.0,
+    gradient: bool = True,
+) -> Evaluation:
+    """Target density and the gradient of its regularised energy at y [B, D], s [B, S].
+
+    The energy is ``reference + regulariser(-log π - reference)``. The target is evaluated in float64 on
+    detached coordinates: samples whose energy or gradient is not finite can then be left out for good,
+    where a NaN inside a larger graph would reach every parameter.
+    """
+    with torch.enable_grad():
+        leaf = y.detach().double().requires_grad_(gradient)
+        log_density = target.log_density(leaf, s.detach().double())
+        finite = torch.isfinite(log_density.detach())
+        # The value of the branch not taken must be finite, or the regulariser's gradient is NaN there.
+        raw = torch.where(finite, -log_density, torch.full_like(log_density, reference)) - reference
+        energy = reference + (raw if regulariser is None else regulariser(raw))
+        slope = torch.zeros_like(leaf)
+        if gradient and energy.requires_grad:
+            (slope,) = torch.autograd.grad(torch.where(finite, energy, 0.0).sum(), leaf)
+    finite = finite & torch.isfinite(slope).all(dim=1)
+    slope = torch.where(finite[:, None], slope, torch.zeros_like(slope))
+    return Evaluation(log_density.detach().double(), energy.detach().double(), slope.detach(), finite)
+
+
+def reverse_kl_of_samples(
+    y: Tensor,
+    log_q: Tensor,
+    s: Tensor,
+    target: Any,
+    *,
+    regulariser: Regulariser | None = None,
+    reference: float = 0.0,
+) -> KLResult:
+    """`reverse_kl` for samples y [B, D] already pushed through the flow; log_q [B] is their log density.
+
+    Both carry the graph of the flow's parameters.
+    """
+    evaluation = evaluate_target(target, y, s, regulariser=regulariser, reference=reference)
+    keep = evaluation.finite & torch.isfinite(log_q.detach()) & torch.isfinite(y.detach()).all(dim=1)
+    n = keep.sum()
+    log_w = evaluation.log_density - log_q.detach().double()
+    n_dropped = keep.numel() - n
+    if int(n) == 0:
+        return KLResult(torch.full((), float("nan"), dtype=y.dtype, device=y.device), n_dropped, log_w)
+    if int(n_dropped):  # only then pay for the indexing
+        y, log_q = y[keep], log_q[keep]
+        energy, slope = evaluation.energy[keep], evaluation.gradient[keep]
+    else:
+        energy, slope = evaluation.energy, evaluation.gradient
+    # Value of the energy, and its gradient handed to the samples as a constant.
+    energy_term = energy.mean() + (slope * (y - y.detach()).double()).sum() / n
+    return KLResult((energy_term + log_q.double().mean()).to(y.dtype), n_dropped, log_w)
+
+
+def reverse_kl(
+    density: Any,
+    target: Any,
+    z: Tensor,
+    s: Tensor,
+    *,
+    regulariser: Regulariser | None = None,
+    reference: float = 0.0,
+) -> KLResult:
+    """Reverse KL up to log Z: ``E_z[u(x) - log J - Φ - log|det dy/dz| + log b(z)]`` (training by energy).
+
+    The term ``log b(z)`` does not depend on the parameters; with it the value is
+    ``KL(q || π) - log Z`` of the regularised target. With s fixed the optimum is the conditional π(y|s), with
+    s drawn from data an average of conditionals: neither is the marginal that NLL fits.
+
+    Parameters
+    ----------
+    z
+        [B, D] samples of the base, in the dtype of training.
+    s
+        [B, S] the coordinates that the flow does not model.
+    regulariser
+        Applied to the reduced energy counted from `reference`; see `openmm_bg.energy.regularise_energy`.
+
+    Returns
+    -------
+    KLResult
+        Samples without a finite energy and force are left out and counted.
+    """
+    y, logdet = density(z)
+    log_q = density.base_log_prob(z).detach() - logdet
+    return reverse_kl_of_samples(y, log_q, s, target, regulariser=regulariser, reference=reference)
+
+
+def path_gradient(
+    density: Any,
+    y: Tensor,
+    target_gradient: Tensor,
+    log_w: Tensor | None = None,
+    *,
+    finite: Tensor | None = None,
+) -> PathResult:
+    """Path-gradient estimator of the KL divergence for weighted samples of any proposal.
+
+    With ``z = f⁻¹(y)`` and ``g = ∇log π(y) - ∇log q_θ(y)``, both without parameter gradients, the surrogate
+    ``-mean_w[g · f_θ(z)]`` has the parameter gradient ``-E_w[gᵀ ∂f_θ(z)/∂θ]``. For unweighted samples of q_θ
+    it is that of the reverse KL (Roeder, Wu and Duvenaud 2017), for samples of the target, or reweighted to
+    it, that of the forward KL (Vaitl et al. 2022, 2024). At the optimum g = 0 for every sample: no noise.
+    For frames (y, s) of the joint target, ``E[∇_y log π(y,s) | y]`` is the score of the marginal of y, so the
+    estimate stays unbiased for the marginal, if no longer free of noise.
+
+    Only the derivative of f_θ(z) enters, so the branch of a circular or folded coordinate does not matter.
+    Dropout is off: f and its inverse must be the same map.
+
+    Parameters
+    ----------
+    y
+        [B, D] samples in the dtype of training.
+    target_gradient
+        [B, D] ∇_y log π, any constant factor of π is irrelevant.
+    log_w
+        [B] log-weights, or None for equal ones; normalised over the batch.
+    finite
+        [B] samples to keep; others, and those where log q has no finite gradient, are left out.
+    """
+    with evaluation_mode(density):
+        with torch.enable_grad():
+            leaf = y.detach().requires_grad_(True)
+            z, logdet = density.inverse(leaf)
+            log_q = density.base_log_prob(z) + logdet
+            (score_q,) = torch.autograd.grad(log_q.sum(), leaf)
+        z = z.detach()
+        g = target_gradient.to(y.dtype) - score_q
+        keep = torch.isfinite(g).all(dim=1) & torch.isfinite(z).all(dim=1)
+        if finite is not None:
+            keep = keep & finite
+        if log_w is not None:
+            keep = keep & torch.isfinite(log_w)
+        n_dropped = keep.numel() - keep.sum()
+        if int(n_dropped) == keep.numel():
+            nan = torch.full((), float("nan"), dtype=y.dtype, device=y.device)
+            return PathResult(nan, nan, n_dropped)
+        if int(n_dropped):
+            z, g = z[keep], g[keep]
+            log_w = None if log_w is None else log_w[keep]
+        moved, _ = density(z)
+    weights = None if log_w is None else torch.exp(log_w - log_w.max())
+    surrogate = -weighted_mean((g * (moved - moved.detach())).sum(dim=1), weights)
+    return PathResult(surrogate, weighted_mean(g.square().sum(dim=1), weights), n_dropped)

@@ -1,0 +1,317 @@
+"""The losses of a stage, evaluated for one step: where samples, frames and energies come from."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openmm_bg.errors import EnergyError, InputError
+from openmm_bg.training import losses
+from openmm_bg.training.buffer import ResampledBuffer
+from openmm_bg.training.config import Stage, TrainingConfig
+from openmm_bg.training.dataset import Dataset, MinibatchSampler, draw_indices
+
+logger = logging.getLogger(__name__)
+
+_REFERENCE_FRAMES = 256
+
+
+class Objective:
+    """Everything a step of training draws on, with a state that goes into a checkpoint.
+
+    Parameters
+    ----------
+    density
+        The flow in training, and `sampling_density`, which fills the buffer: its moving average, if any.
+    data
+        The training split, on the device of the flow.
+    target
+        Object with ``log_density(y, s)``, needed by the losses `kl`, `buffer` and `path`.
+    coordinates
+        Object with ``to_positions(y, s)``, needed by `w2`; so are the indices `backbone_atoms`.
+
+    Attributes
+    ----------
+    reference
+        Median reduced energy -log π of the data, from which the regulariser counts.
+    """
+
+    def __init__(
+        self,
+        density: Any,
+        sampling_density: Any,
+        data: Dataset,
+        config: TrainingConfig,
+        *,
+        target: Any = None,
+        coordinates: Any = None,
+        backbone_atoms: Any = None,
+    ) -> None:
+        self.density, self.sampling_density = density, sampling_density
+        self.data, self.config = data, config
+        self.target, self.coordinates = target, coordinates
+        self._require(config, backbone_atoms)
+        self.device = data.y.device
+        self.dtype = torch.float32 if config.precision == "float32" else torch.float64
+        self.y = data.y.to(self.dtype)
+        self.weights = data.weights
+        atoms = [] if backbone_atoms is None else backbone_atoms
+        self.backbone = torch.as_tensor(atoms, device=self.device).long()
+        self._log_weights_cpu = None if data.log_weights is None else data.log_weights.cpu()
+        self._s_is_constant = data.s_is_constant
+        self.sampler = MinibatchSampler(
+            len(data), config.batch_size, log_weights=self._log_weights_cpu, weighting=config.weighting,
+            seed=config.seed + 1,
+        )  # fmt: skip
+        self.generator = torch.Generator().manual_seed(config.seed + 2)
+        self.buffer = ResampledBuffer(config.buffer.n_batches)
+        self.reference: float | None = None
+        self._regulariser: losses.Regulariser | None = None
+
+    def _require(self, config: TrainingConfig, backbone_atoms: Any) -> None:
+        """Refuse before the first step what a later stage could not do."""
+        for stage in config.stages:
+            if stage.needs_target and self.target is None:
+                names = [name for name in ("kl", "buffer", "path") if getattr(stage.losses, name) > 0]
+                raise InputError(
+                    f"Stage {stage.name!r} trains by energy (loss {' and '.join(names)}) and there is no target, "
+                    "give target=."
+                )
+            if stage.losses.w2 > 0.0:
+                if self.coordinates is None:
+                    raise InputError(
+                        f"Stage {stage.name!r} has the loss w2 and there are no coordinates to rebuild positions, "
+                        "give coordinates= or a target that has them."
+                    )
+                if backbone_atoms is None or len(backbone_atoms) < 2:
+                    raise InputError(
+                        f"Stage {stage.name!r} has the loss w2, give backbone_atoms= (indices of N, CA and C)."
+                    )
+                self.data.require(config.w2_data_batch, f"w2 loss of stage {stage.name!r}")
+
+    def prepare_energies(self) -> None:
+        """Evaluate the target on some frames: a wrong System shows before hours of work, not after.
+
+        Raises
+        ------
+        EnergyError
+            If more than half of the frames have no finite energy.
+        """
+        if self._regulariser is None:
+            from openmm_bg.energy import regularise_energy
+
+            self._regulariser = partial(
+                regularise_energy, cut=self.config.energy_cut, maximum=self.config.energy_maximum
+            )
+        if self.reference is not None:
+            return
+        rows = torch.linspace(0, len(self.data) - 1, min(_REFERENCE_FRAMES, len(self.data))).long().to(self.device)
+        energy = -losses.evaluate_target(
+            self.target, self.data.y[rows], self.data.s[rows], gradient=False
+        ).log_density
+        finite = torch.isfinite(energy)
+        if int(finite.sum()) * 2 <= rows.numel():
+            raise EnergyError(
+                f"{rows.numel() - int(finite.sum())} of {rows.numel()} training frames have no finite energy, check "
+                "that the System and the atom order are those of the trajectory."
+            )
+        self.reference = float(energy[finite].median())
+
+    def begin_stage(self, stage: Stage) -> None:
+        """Forget the samples of an earlier stage; their proposal is far away by now."""
+        gradients = stage.losses.path > 0.0 and stage.path_samples == "buffer"
+        self.buffer.clear(gradients=gradients)
+
+    def draw_s(self, n: int) -> Tensor:
+        """[n, S] float64: the constant s if all frames share it, else s of frames drawn by weight."""
+        if self._s_is_constant:
+            return self.data.s[:1].expand(n, -1)
+        return self.data.s[self._draw(n)]
+
+    def _draw(self, n: int) -> Tensor:
+        return draw_indices(len(self.data), n, self.generator, self._log_weights_cpu).to(self.device)
+
+    def _batch(self, size: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Indices, frames and loss weights of a minibatch."""
+        index = self.sampler.next(size).to(self.device)
+        weights = self.weights[index] if self.weights is not None and self.config.weighting == "loss" else None
+        return index, self.y[index], weights
+
+    def terms(self, stage: Stage, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Losses of a step of the stage (those with a weight), and figures about it.
+
+        Returns
+        -------
+        terms : dict
+            Scalars with a graph; one without finite samples is NaN.
+        figures : dict
+            `dropped` (count), `ess` (share, None unless energies of fresh samples were evaluated), `path`
+            (mean square mismatch of the scores, in place of the surrogate's value 0).
+        """
+        active = stage.losses.active()
+        terms: dict[str, Tensor] = {}
+        figures: dict[str, Any] = {"dropped": 0, "ess": None}
+        if "nll" in active:
+            _, y, weights = self._batch()
+            terms["nll"] = losses.nll(self.density, y, weights)
+        if stage.uses_buffer:
+            self._refill(step, figures)
+        if "buffer" in active:
+            terms["buffer"] = self._buffer_term()
+        if "w2" in active or "kl" in active:
+            self._sampled_terms(active, terms, figures)
+        if "path" in active:
+            terms["path"] = self._path_term(stage, figures)
+        return terms, figures
+
+    def _refill(self, step: int, figures: dict[str, Any]) -> None:
+        config = self.config.buffer
+        if step % config.draw_every == 0 or len(self.buffer) == 0:
+            figures["ess"], dropped = self.buffer.refill(
+                self.sampling_density, self.target, self.draw_s(config.draw_size),
+                regulariser=self._regulariser, reference=self.reference or 0.0,
+            )  # fmt: skip
+            figures["dropped"] += dropped
+
+    def _buffer_term(self) -> Tensor:
+        if len(self.buffer) == 0:
+            return torch.full((), float("nan"), dtype=self.dtype, device=self.device)
+        config = self.config.buffer
+        n_fresh = min(max(round(config.fresh_share * self.config.batch_size), 1), self.config.batch_size)
+        fresh = self.buffer.draw(n_fresh, self.generator)
+        w_fresh = losses.clipped_weights(fresh.log_w, config.clip, self.buffer.median)
+        y, w = fresh.y.to(self.dtype), w_fresh / w_fresh.sum() * n_fresh
+        n_data = self.config.batch_size - n_fresh
+        if n_data:
+            _, y_data, w_data = self._batch(n_data)
+            w_data = torch.ones_like(w[:1]).expand(n_data) if w_data is None else w_data / w_data.sum() * n_data
+            # One pass through the flow for both halves; each keeps its share of the weight.
+            y, w = torch.cat([y, y_data]), torch.cat([w, w_data.to(w.dtype)])
+        return losses.nll(self.density, y, w)
+
+    def _sampled_terms(self, active: dict[str, float], terms: dict[str, Tensor], figures: dict[str, Any]) -> None:
+        """`kl` and `w2` from one batch of samples: the pass through the flow is what costs."""
+        n = self.config.sample_batch
+        z = self.density.sample_base(n).to(device=self.device, dtype=self.dtype)
+        y, logdet = self.density(z)
+        s = self.draw_s(n)
+        if "kl" in active:
+            log_q = self.density.base_log_prob(z).detach() - logdet
+            result = losses.reverse_kl_of_samples(
+                y, log_q, s, self.target, regulariser=self._regulariser, reference=self.reference or 0.0
+            )
+            terms["kl"] = result.loss
+            figures["dropped"] += int(result.n_dropped)
+            figures["ess"] = ess_share(result.log_weights)
+        if "w2" in active:
+            generated = self._flow_distances(y, s, figures)
+            if generated.shape[0] < 2:
+                terms["w2"] = torch.full((), float("nan"), dtype=self.dtype, device=self.device)
+            else:
+                data = self._data_distances(self._draw(self.config.w2_data_batch))
+                terms["w2"] = losses.w2_distance(generated, data).to(self.dtype)
+
+    def _flow_distances(self, y: Tensor, s: Tensor, figures: dict[str, Any]) -> Tensor:
+        distances = self._distances(self.coordinates.to_positions(y, s.to(y.dtype)))
+        keep = torch.isfinite(distances.detach()).all(dim=1)
+        n_bad = int((~keep).sum())
+        if n_bad == 0:
+            return distances
+        figures["dropped"] += n_bad
+        if n_bad >= y.shape[0] - 1:
+            return distances[:0]
+        # Rebuilt from the good samples alone: a NaN in the graph would reach every parameter.
+        return self._distances(self.coordinates.to_positions(y[keep], s[keep].to(y.dtype)))
+
+    def _distances(self, positions: Tensor) -> Tensor:
+        return losses.backbone_distances(positions, self.backbone)
+
+    def _data_distances(self, index: Tensor) -> Tensor:
+        with torch.no_grad():
+            if self.data.positions is not None:
+                return self._distances(self.data.positions[index])
+            return self._distances(self.coordinates.to_positions(self.y[index], self.data.s[index].to(self.dtype)))
+
+    def w2_baseline(self, repeats: int = 4) -> float:
+        """W2 of data against data at the batch sizes of training (nm²): what a perfect flow would get."""
+        generator = torch.Generator().manual_seed(self.config.seed + 3)
+        total = 0.0
+        for _ in range(repeats):
+            a, b = (
+                draw_indices(len(self.data), n, generator, self._log_weights_cpu).to(self.device)
+                for n in (self.config.sample_batch, self.config.w2_data_batch)
+            )
+            total += float(losses.w2_distance(self._data_distances(a), self._data_distances(b)))
+        return total / repeats
+
+    def _path_term(self, stage: Stage, figures: dict[str, Any]) -> Tensor:
+        n = self.config.sample_batch
+        log_w: Tensor | None = None
+        if stage.path_samples == "buffer":
+            if len(self.buffer) == 0:
+                return torch.full((), float("nan"), dtype=self.dtype, device=self.device)
+            batch = self.buffer.draw(n, self.generator)
+            assert batch.gradient is not None
+            y, gradient, finite = batch.y.to(self.dtype), batch.gradient, None
+            log_w = torch.clamp(batch.log_w - self.buffer.median, max=self.config.buffer.clip)
+        else:
+            if stage.path_samples == "data":
+                index, y, weights = self._batch(n)
+                y64, s = self.data.y[index], self.data.s[index]
+                log_w = None if weights is None else weights.log()
+            else:
+                with losses.evaluation_mode(self.density), torch.no_grad():
+                    y64, log_q = self.density.sample(n)
+                s = self.draw_s(n)
+                y64, y = y64.double(), y64.to(self.dtype)
+            evaluation = losses.evaluate_target(
+                self.target, y64, s, regulariser=self._regulariser, reference=self.reference or 0.0
+            )
+            gradient, finite = -evaluation.gradient, evaluation.finite
+            if stage.path_samples == "flow":
+                figures["ess"] = ess_share(evaluation.log_density - log_q.double())
+        result = losses.path_gradient(self.density, y, gradient, log_w, finite=finite)
+        figures["dropped"] += int(result.n_dropped)
+        figures["path"] = result.mismatch
+        return result.loss
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and plain values of a checkpoint."""
+        sampler, buffer = self.sampler.state_dict(), self.buffer.state_dict()
+        tensors = {
+            "objective.sampler": sampler["generator"],
+            "objective.generator": self.generator.get_state(),
+            **{f"buffer.{name}": value for name, value in buffer["tensors"].items()},
+        }
+        meta = {
+            "sampler_position": sampler["position"],
+            "buffer": {name: buffer[name] for name in ("n", "gradients", "ess")},
+            "reference": self.reference,
+        }
+        return tensors, meta
+
+    def restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Inverse of `state`."""
+        position = meta["sampler_position"]
+        self.sampler.load_state_dict({"generator": tensors["objective.sampler"], "position": position})
+        self.generator.set_state(tensors["objective.generator"])
+        kept = {
+            name.removeprefix("buffer."): value.to(self.device)
+            for name, value in tensors.items()
+            if name.startswith("buffer.")
+        }
+        self.buffer.load_state_dict({**meta["buffer"], "tensors": kept})
+        self.reference = meta["reference"]
+
+
+def ess_share(log_w: Tensor) -> float:
+    """Effective sample size as a share of all samples; those without a finite log-weight have weight 0."""
+    finite = log_w[torch.isfinite(log_w)]
+    if finite.numel() == 0:
+        return 0.0
+    w = torch.exp(finite - finite.max())
+    return float(w.sum().square() / w.square().sum() / log_w.numel())

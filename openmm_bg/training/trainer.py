@@ -1,0 +1,484 @@
+"""The training loop: stages, moving average, validation, checkpoints, interruption and resumption."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from openmm_bg.errors import BGError, CheckpointError, InputError
+from openmm_bg.training import checkpoint
+from openmm_bg.training.config import LOSS_NAMES, Stage, TrainingConfig
+from openmm_bg.training.dataset import Dataset
+from openmm_bg.training.history import History
+from openmm_bg.training.losses import evaluation_mode, weighted_mean
+from openmm_bg.training.objective import Objective
+
+logger = logging.getLogger(__name__)
+
+_VALIDATION_CHUNK = 2048
+# A resumed run may change these: they leave the loss curve as it is.
+_FREE_KEYS = {"checkpoint_every", "checkpoint_seconds", "max_bad_steps"}
+
+
+class TrainingInterrupted(BGError, RuntimeError):
+    """Training was stopped by Ctrl-C or SIGTERM; the message says what was saved."""
+
+
+class TrainingDiverged(BGError, RuntimeError):
+    """Too many steps in a row had no finite loss."""
+
+
+class Trainer:
+    """Trains a flow through the stages of a configuration.
+
+    Parameters
+    ----------
+    density
+        `openmm_bg.flow.FlowDensity`, trained in place, on the device where its parameters lie.
+    dataset
+        Frames in internal coordinates, in the order of time.
+    config
+        What `TrainingConfig.load` takes.
+    target
+        ``log_density(y, s) -> [B]``; needed by the losses `kl`, `buffer` and `path`.
+    coordinates
+        ``to_positions(y, s)``; needed by `w2`, taken from the target if it has them.
+    backbone_atoms
+        Indices of N, Cα and C for the loss `w2`.
+    directory
+        For checkpoints and ``losses.csv``; nothing is written without it.
+    progress
+        Show progress bars.
+
+    Attributes
+    ----------
+    history : list of dict
+        The loss curve, one row per step with the keys of `openmm_bg.training.history.COLUMNS`. The column
+        `path` holds the mean square mismatch of the scores, which is not part of `loss`.
+    baselines : dict
+        "w2": data against data at the batch sizes of training, nm².
+
+    Notes
+    -----
+    Every stage begins with a fresh optimiser, for its losses differ in scale from the stage before. The moving
+    average goes on over stages; it is what validation, the buffer and the finished flow use. All randomness
+    comes from the seed: a run that was killed and resumed has the loss curve of one that was not, bit for bit,
+    on one machine, if its stages are not limited in seconds and its target is deterministic.
+    """
+
+    def __init__(
+        self,
+        density: nn.Module,
+        dataset: Dataset,
+        config: TrainingConfig | dict[str, Any] | str | Path,
+        *,
+        target: Any = None,
+        coordinates: Any = None,
+        backbone_atoms: Any = None,
+        directory: str | Path | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.config = TrainingConfig.load(config)
+        self.density = density
+        self.progress = progress
+        self.directory = None if directory is None else Path(directory)
+        self._named = list(density.named_parameters())
+        if not self._named:
+            raise InputError("The flow has no parameters to train.")
+        self._parameters = [p for _, p in self._named]
+        self.device = self._parameters[0].device
+        layout = getattr(density, "layout", None)
+        if layout is not None and layout.n != dataset.n_modelled:
+            raise InputError(
+                f"The flow models {layout.n} coordinates and the training data have {dataset.n_modelled}, use the "
+                "coordinates that the flow was built for."
+            )
+        self._fingerprint = dataset.fingerprint()
+        train, validation = dataset.split(
+            self.config.validation_fraction, self.config.validation_blocks, self.config.seed
+        )
+        self._validation: tuple[Tensor, Tensor | None] | None = None
+        if validation is not None:
+            rows = torch.linspace(0, len(validation) - 1, min(len(validation), self.config.validation_frames)).long()
+            validation = validation[rows]
+            dtype = torch.float32 if self.config.precision == "float32" else torch.float64
+            weights = validation.weights
+            self._validation = (
+                validation.y.to(self.device, dtype), None if weights is None else weights.to(self.device)
+            )  # fmt: skip
+        self.ema = copy.deepcopy(density).eval() if self.config.ema_decay > 0.0 else None
+        self._ema_parameters: list[Tensor] = []
+        if self.ema is not None:
+            self._ema_parameters = [p.requires_grad_(False) for p in self.ema.parameters()]
+        self.objective = Objective(
+            density, density if self.ema is None else self.ema, train.to(self.device), self.config, target=target,
+            coordinates=coordinates if coordinates is not None else getattr(target, "coordinates", None),
+            backbone_atoms=backbone_atoms,
+        )  # fmt: skip
+        self._history = History(self.directory)
+        self.baselines: dict[str, float] = {}
+        self._n_train = len(train)
+        # State of the run, all of it in every checkpoint.
+        self.step = 0  # over all stages
+        self._stage = 0  # index; number of stages when finished
+        self._stage_step = 0
+        self._stage_seconds = 0.0
+        self._seconds = 0.0
+        self._bad_in_a_row = 0
+        self._best = math.inf
+        self._best_state: dict[str, Tensor] = {}
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._saved_step: int | None = None
+        self._saved_at = time.perf_counter()
+        self._stop = False
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The loss curve so far."""
+        return self._history.rows
+
+    def run(self, resume: bool = False) -> list[dict[str, Any]]:
+        """Train through the remaining stages; afterwards `density` holds the averaged weights, in eval mode.
+
+        Parameters
+        ----------
+        resume
+            Continue from the checkpoint in `directory`; from the beginning if there is none yet.
+
+        Returns
+        -------
+        list of dict
+            The loss curve, that of earlier runs included.
+
+        Raises
+        ------
+        InputError
+            If the directory holds a checkpoint and `resume` is not set, or configuration or data differ.
+        CheckpointError
+            If a checkpoint cannot be read or written.
+        TrainingInterrupted
+            After Ctrl-C or SIGTERM, with a checkpoint of the last step.
+        TrainingDiverged
+            After `max_bad_steps` steps in a row without a finite loss.
+        """
+        cuda = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda), self._signals():
+            torch.manual_seed(self.config.seed)
+            if self.directory is not None:
+                if resume and checkpoint.exists(self.directory):
+                    self._restore()
+                else:
+                    self._begin_directory()
+            if any(stage.needs_target for stage in self.config.stages[self._stage :]):
+                self.objective.prepare_energies()
+            if self._saved_step is None:
+                self._save()  # a full disk shows now, not after the first minute
+            try:
+                while self._stage < len(self.config.stages):
+                    self._run_stage(self.config.stages[self._stage])
+            except KeyboardInterrupt:
+                # Not between two steps (a second Ctrl-C, or one outside the main thread): nothing is saved.
+                raise self._interrupted() from None
+            if self._saved_step != self.step or self._stage_step:
+                self._save()
+        self._finish()
+        return self.history
+
+    # --- the loop -------------------------------------------------------------------------------------------
+
+    def _run_stage(self, stage: Stage) -> None:
+        if self._optimizer is None:
+            self._optimizer = self._new_optimizer()
+            self.objective.begin_stage(stage)
+        if stage.losses.w2 > 0.0 and "w2" not in self.baselines:
+            self.baselines["w2"] = self.objective.w2_baseline()
+            logger.info("W2 of data against data at these batch sizes: %.3g nm^2", self.baselines["w2"])
+        self.density.train()
+        bar: Any = nullcontext()
+        if self.progress:
+            bar = tqdm(
+                total=100.0, desc=stage.name, mininterval=0.5,
+                bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}",
+            )  # fmt: skip
+        with bar:
+            shown: dict[str, float] = {}
+            fraction = self._fraction(stage)
+            while fraction < 1.0:
+                started = time.perf_counter()
+                row = self._train_step(stage, fraction)
+                if self._stage_step % self.config.validate_every == 0:
+                    row["validation_nll"] = self._validate(stage)
+                elapsed = time.perf_counter() - started
+                self._stage_seconds += elapsed
+                self._seconds += elapsed
+                row["seconds"] = self._seconds
+                fraction = self._fraction(stage)
+                if self.progress:
+                    self._show(bar, row, shown, stage, fraction)
+                if self._stop:
+                    raise self._interrupted(save=True)
+                if self._checkpoint_due() and fraction < 1.0:
+                    self._save()
+        self._end_stage(stage)
+
+    def _fraction(self, stage: Stage) -> float:
+        """How much of the stage is done: the largest of its limits reached, 1 at the end."""
+        parts = []
+        if stage.steps is not None:
+            parts.append(self._stage_step / stage.steps)
+        if stage.epochs is not None:
+            parts.append(self._stage_step / math.ceil(stage.epochs * self._n_train / self.config.batch_size))
+        if stage.seconds is not None:
+            parts.append(self._stage_seconds / stage.seconds)
+        return max(parts)
+
+    def _learning_rate(self, stage: Stage, fraction: float) -> float:
+        rate = stage.learning_rate
+        if stage.schedule == "cosine":
+            floor = stage.final_fraction
+            rate *= floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * min(fraction, 1.0)))
+        if self._stage_step < stage.warmup_steps:
+            rate *= (self._stage_step + 1) / stage.warmup_steps
+        return rate
+
+    def _train_step(self, stage: Stage, fraction: float) -> dict[str, Any]:
+        """One step; a step without a finite loss and gradient changes no weight and is counted."""
+        assert self._optimizer is not None
+        rate = self._learning_rate(stage, fraction)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.zero_grad(set_to_none=True)
+        terms, figures = self.objective.terms(stage, self._stage_step)
+        weights = stage.losses.active()
+        loss = sum((weights[name] * term for name, term in terms.items()), start=torch.zeros((), device=self.device))
+        norm = torch.full((), float("nan"), device=self.device)
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+            limit = self.config.gradient_clip
+            norm = nn.utils.clip_grad_norm_(self._parameters, math.inf if limit is None else limit, foreach=True)
+        # One transfer for all figures: on a GPU each would wait for the queue.
+        reported = [figures.get(name, term) if name == "path" else term for name, term in terms.items()]
+        values = torch.stack([x.detach().double() for x in (loss, norm, *reported)]).tolist()
+        good = all(math.isfinite(value) for value in values)
+        if good:
+            self._optimizer.step()
+            self._update_average()
+            self._bad_in_a_row = 0
+        else:
+            self._bad_in_a_row += 1
+            if self._bad_in_a_row >= self.config.max_bad_steps:
+                raise TrainingDiverged(
+                    f"Stage {stage.name!r} had no finite loss in {self._bad_in_a_row} steps in a row up to step "
+                    f"{self.step}, lower its learning rate or give the energies a lower energy_cut."
+                )
+        self.step += 1
+        self._stage_step += 1
+        return self._history.append(
+            step=self.step, stage=stage.name, loss=values[0], gradient_norm=values[1], learning_rate=rate,
+            dropped=figures["dropped"], skipped=int(not good), ess=figures["ess"],
+            **dict(zip(terms, values[2:], strict=True)),
+        )  # fmt: skip
+
+    def _update_average(self) -> None:
+        if self.ema is None:
+            return
+        # Early on a long memory would hold the starting weights.
+        decay = min(self.config.ema_decay, (1.0 + self.step) / (10.0 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(self._ema_parameters, self._parameters, 1.0 - decay)
+            for average, current in zip(self.ema.buffers(), self.density.buffers(), strict=True):
+                average.copy_(current)
+
+    def _validate(self, stage: Stage) -> float | None:
+        """NLL of the held-out frames under the flow that would be kept; remembers the best if asked to."""
+        if self._validation is None:
+            return None
+        kept = self.density if self.ema is None else self.ema
+        y, weights = self._validation
+        with evaluation_mode(kept), torch.no_grad():
+            log_q = torch.cat([kept.log_prob(part) for part in y.split(_VALIDATION_CHUNK)])  # type: ignore[operator]
+        value = -float(weighted_mean(log_q.double(), weights))
+        if stage.keep_best and value < self._best:
+            self._best = value
+            self._best_state = {name: tensor.detach().clone() for name, tensor in kept.state_dict().items()}
+        return value
+
+    def _end_stage(self, stage: Stage) -> None:
+        if self.history and self.history[-1]["validation_nll"] is None:
+            self.history[-1]["validation_nll"] = self._validate(stage)
+        if stage.keep_best and self._best_state:
+            for module in (self.density, self.ema):
+                if module is not None:
+                    module.load_state_dict(self._best_state)
+        self._best, self._best_state = math.inf, {}
+        self._stage += 1
+        self._stage_step, self._stage_seconds = 0, 0.0
+        self._optimizer = None
+        self._bad_in_a_row = 0
+        self.objective.buffer.clear()
+        self._save()
+
+    def _finish(self) -> None:
+        if self.ema is not None:
+            self.density.load_state_dict(self.ema.state_dict())
+        self.density.eval()
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        kind = torch.optim.AdamW if self.config.optimizer == "adamw" else torch.optim.Adam
+        # fused: one call for all parameters, where the plain loop costs as much as a pass through the flow.
+        return kind(self._parameters, lr=1e-3, weight_decay=self.config.weight_decay, fused=True)
+
+    def _show(self, bar: Any, row: dict[str, Any], shown: dict[str, float], stage: Stage, fraction: float) -> None:
+        for name in ("loss", *LOSS_NAMES, "validation_nll", "ess"):
+            if row[name] is not None:
+                shown[name] = row[name]
+        if len(stage.losses.active()) == 1:
+            for name in stage.losses.active():
+                if name != "path":
+                    shown.pop(name, None)  # the loss itself
+        bar.set_postfix({k.replace("validation_nll", "val"): f"{v:.4g}" for k, v in shown.items()}, refresh=False)
+        bar.update(100.0 * min(fraction, 1.0) - bar.n)
+
+    # --- interruption ---------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM end the run between two steps; a second Ctrl-C ends it at once."""
+        self._stop = False
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def request(number: int, frame: Any) -> None:
+            if self._stop:
+                raise KeyboardInterrupt
+            self._stop = True
+
+        before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _interrupted(self, save: bool = False) -> TrainingInterrupted:
+        step = self.step
+        if save:
+            self._save()
+        self._finish()
+        if self.directory is None:
+            return TrainingInterrupted(f"Training was interrupted at step {step}; without a directory nothing is saved.")
+        return TrainingInterrupted(
+            f"Training was interrupted at step {step}; {self.directory} holds step {self._saved_step}, resume to go on."
+        )
+
+    # --- checkpoints ----------------------------------------------------------------------------------------
+
+    def _checkpoint_due(self) -> bool:
+        every = self.config.checkpoint_every
+        if every is not None and self.step % every == 0:
+            return True
+        return time.perf_counter() - self._saved_at >= self.config.checkpoint_seconds
+
+    def _begin_directory(self) -> None:
+        assert self.directory is not None
+        if checkpoint.exists(self.directory):
+            raise InputError(
+                f"{self.directory} already holds a checkpoint, resume it or choose another directory."
+            )
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"Cannot create the directory {self.directory}: {error.strerror}.") from None
+
+    def _save(self) -> None:
+        self._saved_step = self.step
+        self._saved_at = time.perf_counter()
+        if self.directory is None:
+            return
+        tensors, objective = self.objective.state()
+        tensors["rng.torch"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        modules = [("model.", self.density)] + ([("ema.", self.ema)] if self.ema is not None else [])
+        for prefix, module in modules:
+            tensors.update({prefix + name: value for name, value in module.state_dict().items()})
+        tensors.update({"best." + name: value for name, value in self._best_state.items()})
+        if self._optimizer is not None:
+            for k, state in self._optimizer.state_dict()["state"].items():
+                tensors.update({f"optimizer.{k}.{name}": torch.as_tensor(value) for name, value in state.items()})
+        meta = {
+            "stage": self._stage,
+            "stage_step": self._stage_step,
+            "stage_seconds": self._stage_seconds,
+            "seconds": self._seconds,
+            "bad_in_a_row": self._bad_in_a_row,
+            "best": None if math.isinf(self._best) else self._best,
+            "in_stage": self._optimizer is not None,
+            "objective": objective,
+            "losses_size": self._history.flush(),
+            "dataset": self._fingerprint,
+            "config": self.config.model_dump(mode="json"),
+        }
+        checkpoint.save(self.directory, self.step, tensors, meta)
+
+    def _restore(self) -> None:
+        assert self.directory is not None
+        step, tensors, meta = checkpoint.load(self.directory)
+        self._check_resumable(meta)
+        checkpoint.load_module(self.density, tensors, "model.")
+        if self.ema is not None:
+            checkpoint.load_module(self.ema, tensors, "ema.")
+        self.step, self._stage = step, meta["stage"]
+        self._stage_step, self._stage_seconds = meta["stage_step"], meta["stage_seconds"]
+        self._seconds, self._bad_in_a_row = meta["seconds"], meta["bad_in_a_row"]
+        self._best = math.inf if meta["best"] is None else meta["best"]
+        self._best_state = {
+            name.removeprefix("best."): value.to(self.device)
+            for name, value in tensors.items()
+            if name.startswith("best.")
+        }
+        if meta["in_stage"]:
+            self._optimizer = self._new_optimizer()
+            blank = self._optimizer.state_dict()
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, value in tensors.items():
+                if name.startswith("optimizer."):
+                    _, index, key = name.split(".", 2)
+                    state.setdefault(int(index), {})[key] = value
+            self._optimizer.load_state_dict({"state": state, "param_groups": blank["param_groups"]})
+        self.objective.restore(tensors, meta["objective"])
+        self._history.restore(meta["losses_size"])
+        torch.set_rng_state(tensors["rng.torch"])
+        if self.device.type == "cuda" and "rng.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+        checkpoint.clean(self.directory)
+        self._saved_step = step
+        logger.info("Resumed %s at step %d", self.directory, step)
+
+    def _check_resumable(self, meta: dict[str, Any]) -> None:
+        """Later stages may have been changed or added; the past must be the same."""
+        if meta["dataset"] != self._fingerprint:
+            raise InputError(f"{self.directory} was trained on other data, resume it with the data it began with.")
+        old, new = meta["config"], self.config.model_dump(mode="json")
+        done = meta["stage"] + int(meta["in_stage"])
+        changed = [key for key in new if key not in _FREE_KEYS | {"stages"} and old.get(key) != new[key]]
+        if old["stages"][:done] != new["stages"][:done]:
+            changed.append("stages")
+        if changed:
+            raise InputError(
+                f"{self.directory} was trained with another value of {', '.join(sorted(changed))}, resume it with the "
+                "configuration it began with."
+            )
