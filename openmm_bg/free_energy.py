@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 
-# Overlap below which BAR is unreliable: Klimovich, Shirts and Mobley, J. Comput. Aided Mol. Des. 29, 397 (2015)
+# Overlap below which BAR fails: Klimovich, Shirts and Mobley, J. Comput. Aided Mol. Des. 29, 397 (2015)
 # ask for 0.03 in each of the two off-diagonal entries of the overlap matrix, whose sum is the scalar overlap.
 MIN_OVERLAP = 0.06
 # Fewer passages between two states than this, and an autocorrelation time cannot be estimated.
@@ -118,7 +118,7 @@ def one_sided(log_weights: ArrayLike) -> FreeEnergy:
     khat = pareto_khat(log_weights)
     if not khat < khat_threshold(n):
         logger.warning(
-            "Pareto k-hat %.2f of %d weights is not below %.2f: the error of this one-sided free energy cannot "
+            "Pareto k-hat %.2f of %d weights is not below %.2f: the error of this free energy cannot "
             "be trusted; draw more samples, or use bar() with MD frames.",
             khat,
             n,
@@ -159,9 +159,7 @@ def bar(log_w_flow: ArrayLike, log_w_md: ArrayLike) -> FreeEnergy:
     flow = np.asarray(log_w_flow, dtype=np.float64)
     md = np.asarray(log_w_md, dtype=np.float64)
     if flow.ndim != 1 or md.ndim != 1:
-        raise InputError(
-            f"log_w_flow and log_w_md must be one-dimensional, got shapes {flow.shape} and {md.shape}."
-        )
+        raise InputError(f"log_w_flow and log_w_md must be one-dimensional, got shapes {flow.shape} and {md.shape}.")
     if np.any(np.isnan(flow) | (flow == np.inf)) or not np.any(flow > -np.inf):
         raise InputError("log_w_flow must be free of NaN and +inf and hold at least one non-zero weight.")
     if np.any(np.isnan(md) | (md == -np.inf)):
@@ -169,9 +167,7 @@ def bar(log_w_flow: ArrayLike, log_w_md: ArrayLike) -> FreeEnergy:
     outside = int(np.count_nonzero(md == np.inf))
     md = md[md < np.inf]
     if md.size == 0:
-        raise InputError(
-            "No MD frame lies where the flow has density: check that both describe the same states."
-        )
+        raise InputError("No MD frame lies where the flow has density: check that both describe the same states.")
     if outside:
         logger.warning(
             "%d of %d MD frames lie outside the flow's sector (q = 0) and were left out: Z is the sector's.",
@@ -239,9 +235,7 @@ def difference(a: FreeEnergy | Ensemble, b: FreeEnergy | Ensemble) -> FreeEnergy
         If two ensembles carry different labels: an exact Z and that of a rigid manifold do not compare.
     """
     if isinstance(a, Ensemble) and isinstance(b, Ensemble) and a.label != b.label:
-        raise InputError(
-            f"The ensembles are labelled {a.label!r} and {b.label!r}: compare ensembles of one kind."
-        )
+        raise InputError(f"The ensembles are labelled {a.label!r} and {b.label!r}: compare ensembles of one kind.")
     first = one_sided(a.log_weights) if isinstance(a, Ensemble) else a
     second = one_sided(b.log_weights) if isinstance(b, Ensemble) else b
     biases = (first.bias, second.bias)
@@ -269,9 +263,7 @@ def _influence(log_w: FloatArray, in_a: BoolArray, in_b: BoolArray) -> tuple[flo
         if mask.shape != log_w.shape:
             raise InputError(f"{name} must have one entry per sample {log_w.shape}, got shape {mask.shape}.")
         if not np.any(log_w[mask] > -np.inf):
-            raise InputError(
-                f"No sample of non-zero weight has {name} set: draw more samples or widen the state."
-            )
+            raise InputError(f"No sample of non-zero weight has {name} set: draw more samples or widen the state.")
     weights = np.exp(log_w - log_w.max())
     in_state_a = np.where(in_a, weights, 0.0)
     in_state_b = np.where(in_b, weights, 0.0)
@@ -333,9 +325,7 @@ def statistical_inefficiency(series: ArrayLike) -> float:
         return float(_pymbar().timeseries.statistical_inefficiency(array))
 
 
-def chain_state_difference(
-    in_a: ArrayLike, in_b: ArrayLike, log_w: ArrayLike | None = None
-) -> tuple[float, float]:
+def chain_state_difference(in_a: ArrayLike, in_b: ArrayLike, log_w: ArrayLike | None = None) -> tuple[float, float]:
     """Conformational free energy F_b - F_a from one correlated chain, biased or not.
 
     Parameters

@@ -60,9 +60,7 @@ class State:
         log_w = np.asarray(self.log_w, dtype=np.float64)
         value = np.asarray(self.value)
         if value.shape[: log_w.ndim] != log_w.shape:
-            raise InputError(
-                f"value must begin with the axes of log_w {log_w.shape}, got shape {value.shape}."
-            )
+            raise InputError(f"value must begin with the axes of log_w {log_w.shape}, got shape {value.shape}.")
         if np.any(np.isnan(log_w)):
             raise InputError("log_w holds NaN: give a state that must never be visited as -inf.")
         object.__setattr__(self, "log_w", log_w)
@@ -121,8 +119,7 @@ class Info:
             n_accepted=self.n_accepted + later.n_accepted,
             n_energies=self.n_energies + later.n_energies,
             acceptance_probability=(
-                self.acceptance_probability * self.n_proposed
-                + later.acceptance_probability * later.n_proposed
+                self.acceptance_probability * self.n_proposed + later.acceptance_probability * later.n_proposed
             )
             / total,
             longest_rejection_streak=int(
@@ -165,9 +162,7 @@ def _check(
     if np.any(np.isnan(current)) or np.any(np.isnan(proposed)):
         raise InputError("A log-weight is NaN: give a state whose energy is not finite as -inf.")
     if np.any(proposed == np.inf):
-        raise InputError(
-            "A proposal has a log-weight of +inf, which means that it was not drawn from the flow."
-        )
+        raise InputError("A proposal has a log-weight of +inf, which means that it was not drawn from the flow.")
     shape = current.shape
     return current.reshape(-1), proposed.reshape(current.size, *proposed.shape[current.ndim :]), shape
 
@@ -442,8 +437,7 @@ def metropolis_step(
     """
     if state.value.shape != proposal.value.shape:
         raise InputError(
-            f"The proposal's value must have the state's shape {state.value.shape}, "
-            f"got {proposal.value.shape}."
+            f"The proposal's value must have the state's shape {state.value.shape}, got {proposal.value.shape}."
         )
     _check(state.log_w, proposal.log_w, 0)
     log_alpha = log_acceptance(state.log_w, proposal.log_w)

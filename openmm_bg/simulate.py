@@ -64,8 +64,10 @@ class TorsionBias:
         force.addTorsion(*self.atoms, [])
         return force
 
-    def balanced(self, torsion: np.ndarray, in_basin: np.ndarray, temperature: float) -> TorsionBias:
-        """The depth at which frames sampled *with this bias* would populate ``in_basin`` by half.
+    def balanced(
+        self, torsion: np.ndarray, in_basin: np.ndarray, temperature: float, population: float = 0.5
+    ) -> TorsionBias:
+        """The depth at which frames sampled *with this bias* would populate ``in_basin`` by ``population``.
 
         Parameters
         ----------
@@ -75,17 +77,24 @@ class TorsionBias:
             [n] bool.
         temperature
             K.
+        population
+            Share of the basin that is asked for.
+
+        Raises
+        ------
+        InputError
+            The pilot run saw one basin only.
         """
         if not in_basin.any() or in_basin.all():
             raise InputError("The pilot run saw only one of the two basins: give it more time or more tempering.")
         kt = GAS_CONSTANT * temperature
         shape = self.shape(torsion)
-        low, high = 0.0, 100.0 * kt
+        low, high = -100.0 * kt, 100.0 * kt  # negative: a barrier where a well would overshoot
         for _ in range(60):  # the population grows monotonically with the depth, so bisection is safe
             depth = 0.5 * (low + high)
             exponent = (depth - self.depth) / kt * shape
             weight = np.exp(exponent - exponent.max())
-            if weight[in_basin].sum() < weight[~in_basin].sum():
+            if weight[in_basin].sum() < population * weight.sum():
                 low = depth
             else:
                 high = depth

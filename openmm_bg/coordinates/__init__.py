@@ -2,8 +2,9 @@
 
 from openmm_bg.coordinates.constraints import Constraints, FixmanTerm, read_constraints
 from openmm_bg.coordinates.graph import MoleculeGraph
-from openmm_bg.coordinates.representation import Coordinate, CoordinateMap
-from openmm_bg.coordinates.transform import InternalCoordinates, log_jacobian, place_like, wrap
+from openmm_bg.coordinates.representation import CoordinateMap
+from openmm_bg.coordinates.statistics import Coordinate, Statistics
+from openmm_bg.coordinates.transform import InternalCoordinates, dihedral_angle, log_jacobian, place_like, wrap
 from openmm_bg.coordinates.zmatrix import ZMatrix, build_zmatrix
 
 __all__ = [
@@ -13,8 +14,10 @@ __all__ = [
     "FixmanTerm",
     "InternalCoordinates",
     "MoleculeGraph",
+    "Statistics",
     "ZMatrix",
     "build_zmatrix",
+    "dihedral_angle",
     "log_jacobian",
     "place_like",
     "read_constraints",

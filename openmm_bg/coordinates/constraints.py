@@ -34,24 +34,28 @@ def read_constraints(system: Any, topology: Any) -> Constraints:
     Raises
     ------
     InputError
-        Particle count differs from the topology's; virtual sites, massless or Drude particles; constraints that are
-        not bonds between a hydrogen and a heavy atom (HAngles, rigid water, AllBonds).
+        Particle count differs from the topology's; virtual sites, massless or Drude particles; not one molecule;
+        constraints that are not bonds between a hydrogen and a heavy atom (HAngles, rigid water, AllBonds).
     """
-    graph = MoleculeGraph(topology)
+    import openmm
+
+    atoms = list(topology.atoms())
     n = system.getNumParticles()
-    if n != graph.n_atoms:
-        raise InputError(f"The System has {n} particles, but the topology has {graph.n_atoms} atoms.")
+    if n != len(atoms):
+        raise InputError(f"The System has {n} particles, but the topology has {len(atoms)} atoms.")
+    # Drude particles and virtual sites have no bonds, so they are looked for before the bond graph is.
+    if any(isinstance(force, openmm.DrudeForce) for force in system.getForces()):
+        raise InputError("The System has Drude particles: polarisable models of that kind are not supported.")
     masses = []
-    for i in range(n):
+    for i, atom in enumerate(atoms):
+        name = f"{atom.residue.name}{atom.residue.index + 1}-{atom.name}"
         if system.isVirtualSite(i):
-            raise InputError(f"Particle {i} ({graph.label(i)}) is a virtual site: flows need real atoms only.")
+            raise InputError(f"Particle {i} ({name}) is a virtual site: flows need real atoms only.")
         mass = system.getParticleMass(i)._value
         if mass <= 0.0:
-            raise InputError(f"Particle {i} ({graph.label(i)}) has no mass: massless atoms are not supported.")
+            raise InputError(f"Particle {i} ({name}) has no mass: massless atoms are not supported.")
         masses.append(float(mass))
-    for force in system.getForces():
-        if force.getName() == "DrudeForce":
-            raise InputError("The System has Drude particles: polarisable models of that kind are not supported.")
+    graph = MoleculeGraph(topology)
     bonds: list[tuple[int, int]] = []
     lengths: list[float] = []
     for k in range(system.getNumConstraints()):
@@ -63,12 +67,38 @@ def read_constraints(system: Any, topology: Any) -> Constraints:
             )
         if graph.is_hydrogen(i) == graph.is_hydrogen(j):
             raise InputError(
-                f"The System constrains the bond {graph.label(i)} to {graph.label(j)} between heavy atoms: "
-                "build it with constraints=HBonds or None."
+                f"The System constrains the bond {graph.label(i)} to {graph.label(j)}, which is not one between a "
+                "hydrogen and a heavy atom: build it with constraints=HBonds or None."
             )
         bonds.append((i, j) if graph.is_hydrogen(i) else (j, i))
         lengths.append(float(distance._value))
     return Constraints(bonds=bonds, lengths=lengths, masses=masses)
+
+
+def _determinant(theta: Tensor, phi: Tensor, heavy: Tensor, light: Tensor) -> Tensor:
+    """det Z [B, G] of blocks of M constraints at one atom; θ, φ [B, G, M], 1/m_X [G], 1/m_k [G, M].
+
+    Written out for two and three hydrogens, where a batched factorisation costs ten times as much.
+    """
+    m = theta.shape[-1]
+    ct, st = theta.cos(), theta.sin()
+
+    def off_diagonal(k: int, other: int) -> Tensor:
+        turn = (phi[..., k] - phi[..., other]).cos()
+        return heavy * (ct[..., k] * ct[..., other] + st[..., k] * st[..., other] * turn)
+
+    diagonal = (light + heavy[:, None]).unbind(-1)
+    if m == 2:
+        return diagonal[0] * diagonal[1] - off_diagonal(0, 1).square()
+    if m == 3:
+        a, b, c = off_diagonal(1, 2), off_diagonal(0, 2), off_diagonal(0, 1)
+        squares = diagonal[0] * a.square() + diagonal[1] * b.square() + diagonal[2] * c.square()
+        return diagonal[0] * diagonal[1] * diagonal[2] + 2 * a * b * c - squares
+    rows = [
+        [diagonal[k].expand_as(ct[..., k]) if k == other else off_diagonal(k, other) for other in range(m)]
+        for k in range(m)
+    ]
+    return torch.linalg.det(torch.stack([torch.stack(row, -1) for row in rows], -2))
 
 
 class FixmanTerm(nn.Module):
@@ -95,7 +125,7 @@ class FixmanTerm(nn.Module):
             heavy = torch.tensor([b[2] for b in group], dtype=torch.float64)
             light = torch.tensor([b[1] for b in group], dtype=torch.float64)
             self.register_buffer(f"_heavy{size}", heavy, persistent=False)
-            self.register_buffer(f"_diagonal{size}", torch.diag_embed(1.0 / light), persistent=False)
+            self.register_buffer(f"_light{size}", 1.0 / light, persistent=False)
 
     def forward(self, theta: Tensor, phi: Tensor) -> Tensor:
         """Φ [B] from angles and dihedrals [B, K] of all Z-matrix rows."""
@@ -103,14 +133,10 @@ class FixmanTerm(nn.Module):
         for size in self._sizes:
             rows = getattr(self, f"_rows{size}")
             heavy = getattr(self, f"_heavy{size}").to(theta.dtype)
-            diagonal = getattr(self, f"_diagonal{size}").to(theta.dtype)
+            inverse = getattr(self, f"_light{size}").to(theta.dtype)
             if size == 1:
-                total = total + (1.0 / heavy + diagonal[:, 0, 0]).log().sum()
+                total = total + (1.0 / heavy + inverse[:, 0]).log().sum()
                 continue
-            t, p = theta[:, rows], phi[:, rows]
-            ct, st = t.cos(), t.sin()
-            cosine = ct[..., :, None] * ct[..., None, :] + st[..., :, None] * st[..., None, :] * (
-                p[..., :, None] - p[..., None, :]
-            ).cos()
-            total = total + torch.linalg.slogdet(cosine / heavy[:, None, None] + diagonal)[1].sum(-1)
+            determinant = _determinant(theta[:, rows], phi[:, rows], 1.0 / heavy, inverse)
+            total = total + determinant.log().sum(-1)
         return 0.5 * total

@@ -8,6 +8,7 @@ from typing import Any
 from openmm_bg.errors import InputError
 
 _BACKBONE_NAMES = {"N", "CA", "C"}
+_CAPS = {"ACE", "NME", "NMA", "NH2"}
 
 
 class MoleculeGraph:
@@ -21,7 +22,7 @@ class MoleculeGraph:
     Raises
     ------
     InputError
-        No bonds, more than one fragment, or fewer than three atoms.
+        No bonds, more than one fragment (a second molecule, or a missing bond), or fewer than three atoms.
     """
 
     def __init__(self, topology: Any) -> None:
@@ -76,35 +77,64 @@ class MoleculeGraph:
         return (min(a, b), max(a, b)) not in self._bridges
 
     def is_amide(self, a: int, b: int) -> bool:
-        """True for the C-N bond of a carbonyl carbon and a nitrogen (peptide, amide, urea)."""
+        """True for the C-N bond of a carbonyl carbon and a three-coordinate nitrogen (peptide, amide, urea)."""
         for carbon, nitrogen in ((a, b), (b, a)):
             if self.elements[carbon] == "C" and self.elements[nitrogen] == "N":
-                if len(self.neighbours[carbon]) == 3 and any(
-                    self.elements[o] == "O" and len(self.neighbours[o]) == 1 for o in self.neighbours[carbon]
+                if (
+                    len(self.neighbours[carbon]) == 3
+                    and len(self.neighbours[nitrogen]) <= 3
+                    and any(self.elements[o] == "O" and len(self.neighbours[o]) == 1 for o in self.neighbours[carbon])
                 ):
                     return True
         return False
 
-    def backbone(self) -> list[bool]:
-        """Atoms of the backbone: N, CA, C of amino acids and the heavy chain of their caps.
+    def is_invertible(self, atom: int) -> bool:
+        """True for a three-coordinate nitrogen: pyramidal or flat, it may swing through its plane in a simulation."""
+        return self.elements[atom] == "N" and len(self.neighbours[atom]) == 3
 
-        A molecule without amino acids has none; there the longest chain of heavy atoms takes its place.
-        """
+    def ring_systems(self) -> list[int]:
+        """For each atom the number of the ring system (rings that share bonds or atoms) it belongs to, or -1."""
+        system = [-1] * self.n_atoms
+        for start in range(self.n_atoms):
+            if system[start] >= 0 or not any(self.in_ring(start, o) for o in self.neighbours[start]):
+                continue
+            system[start] = max(system) + 1
+            queue = deque([start])
+            while queue:
+                atom = queue.popleft()
+                for other in self.neighbours[atom]:
+                    if system[other] < 0 and self.in_ring(atom, other):
+                        system[other] = system[start]
+                        queue.append(other)
+        return system
+
+    def peptide_backbone(self) -> list[bool]:
+        """N, CA, C of amino acids and the heavy chain of their caps; all False for other molecules."""
         by_residue: dict[int, dict[str, int]] = {}
         for atom, name in enumerate(self.names):
             by_residue.setdefault(self.residue_index[atom], {})[name] = atom
         flags = [False] * self.n_atoms
         for names in by_residue.values():
             if _BACKBONE_NAMES <= names.keys():
-                for name in _BACKBONE_NAMES:
-                    flags[names[name]] = True
+                bonded = self.neighbours[names["CA"]]  # a ligand may use the same names for something else
+                if names["N"] in bonded and names["C"] in bonded:
+                    for name in _BACKBONE_NAMES:
+                        flags[names[name]] = True
+        if any(flags):
+            for atom in range(self.n_atoms):  # caps: ACE's C and CH3, NME's N and C
+                if self.residues[atom] in _CAPS and not self.is_hydrogen(atom):
+                    flags[atom] = self.elements[atom] in ("C", "N")
+        return flags
+
+    def backbone(self) -> list[bool]:
+        """Atoms of the backbone: N, CA, C of amino acids and the heavy chain of their caps.
+
+        A molecule without amino acids has none; there the longest chain of heavy atoms takes its place.
+        """
+        flags = self.peptide_backbone()
         if not any(flags):
             for atom in self._longest_heavy_chain():
                 flags[atom] = True
-            return flags
-        for atom in range(self.n_atoms):  # caps: ACE's C and CH3, NME's N and C, linked to an amino acid's N or C
-            if self.residues[atom] in ("ACE", "NME", "NH2", "NMA") and not self.is_hydrogen(atom):
-                flags[atom] = self.elements[atom] in ("C", "N")
         return flags
 
     def _longest_heavy_chain(self) -> list[int]:

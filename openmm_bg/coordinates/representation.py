@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +13,14 @@ from torch import Tensor, nn
 
 from openmm_bg.coordinates.constraints import Constraints, FixmanTerm
 from openmm_bg.coordinates.graph import MoleculeGraph
+from openmm_bg.coordinates.statistics import (
+    SECTOR,
+    Coordinate,
+    Kind,
+    Statistics,
+    blank_statistics,
+    fit_statistics,
+)
 from openmm_bg.coordinates.transform import InternalCoordinates, log_jacobian, wrap
 from openmm_bg.coordinates.zmatrix import ZMatrix, build_zmatrix
 from openmm_bg.errors import InputError
@@ -20,44 +28,7 @@ from openmm_bg.flow.layout import FeatureLayout
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["length", "angle", "dihedral", "offset", "amide"]
 Representation = Literal["full", "reduced"]
-
-#: Half the width of the sector of a linear angle (offset, amide dihedral) about its mean, rad.
-SECTOR = 0.5 * math.pi
-#: A dihedral whose data are at least this concentrated (mean resultant length) gets a von Mises base.
-CONCENTRATED = 0.75
-
-
-@dataclass(frozen=True)
-class Coordinate:
-    """One of the 3N-6 internal coordinates.
-
-    ``row`` counts Z-matrix rows; -1 and -2 are the seed's r_1 and (r_2, θ_2). ``fold`` is 3 for the dihedral of three
-    identical hydrogens, ``constrained`` marks a length that the System fixes.
-    """
-
-    atom: int
-    row: int
-    kind: Kind
-    backbone: bool
-    fold: int
-    constrained: bool
-    modelled: bool
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What data fix about the coordinates: standardisation, cuts and the values of s.
-
-    ``layout`` describes y; ``centre`` [3N-6] is the mean of every coordinate (circular mean for dihedrals),
-    ``n_outside`` counts data frames outside the sectors and ``n_frames`` all of them.
-    """
-
-    layout: FeatureLayout
-    centre: list[float]
-    n_outside: int
-    n_frames: int
 
 
 def describe_coordinates(
@@ -66,25 +37,38 @@ def describe_coordinates(
     """All 3N-6 coordinates in the order of their atoms, each with its kind and its channel."""
     graph = MoleculeGraph(topology)
     backbone = graph.backbone()
+    peptide = graph.peptide_backbone()
+    rings = graph.ring_systems()
     full = representation == "full"
     folded = {triple[0] for triple in zmatrix.triple}
-
-    def length(atom: int, other: int, row: int) -> Coordinate:
-        fixed = (min(atom, other), max(atom, other)) in constrained
-        return Coordinate(atom, row, "length", backbone[atom], 1, fixed, full and not fixed)
-
     first, middle, last = zmatrix.seed
-    found = [length(middle, first, -1), length(last, middle, -2)]
-    found.append(Coordinate(last, -2, "angle", backbone[last], 1, False, full or backbone[last]))
+    found: list[Coordinate] = []
+
+    def add(
+        row: int, kind: Kind, atom: int, parent: int, reduced: bool = False, fold: int = 1, invertible: bool = False
+    ) -> None:
+        ring = rings[atom] if graph.in_ring(atom, parent) else -1
+        fixed = kind == "length" and (min(atom, parent), max(atom, parent)) in constrained
+        modelled = not fixed if full else reduced
+        found.append(Coordinate(atom, row, kind, backbone[atom], fold, fixed, modelled, invertible, ring))
+
+    def free_angle(atom: int, parent: int, grandparent: int) -> bool:
+        """Does `reduced` model this angle? Those of the backbone do, unless a ring that is no peptide's holds them."""
+        in_ring = graph.in_ring(atom, parent) and graph.in_ring(parent, grandparent)
+        return backbone[atom] and (peptide[atom] or not in_ring)
+
+    add(-1, "length", middle, first)
+    add(-2, "length", last, middle)
+    add(-2, "angle", last, middle, free_angle(last, middle, first))
     for row, (atom, parent, grandparent, _) in enumerate(zmatrix.rows):
-        found.append(length(atom, parent, row))
-        found.append(Coordinate(atom, row, "angle", backbone[atom], 1, False, full or backbone[atom]))
-        kind: Kind = "offset"
-        if zmatrix.carrier[row] == row:
-            kind = "amide" if graph.is_amide(parent, grandparent) else "dihedral"
-        rigid = kind == "offset" or (graph.in_ring(parent, grandparent) and not backbone[atom])
-        fold = 3 if row in folded and kind == "dihedral" else 1
-        found.append(Coordinate(atom, row, kind, backbone[atom], fold, False, full or not rigid))
+        add(row, "length", atom, parent)
+        add(row, "angle", atom, parent, free_angle(atom, parent, grandparent))
+        if zmatrix.carrier[row] != row:
+            add(row, "offset", atom, parent, invertible=graph.is_invertible(parent))
+            continue
+        free = peptide[atom] or not graph.in_ring(parent, grandparent)
+        kind: Kind = "amide" if graph.is_amide(parent, grandparent) else "dihedral"
+        add(row, kind, atom, parent, free, 3 if row in folded and kind == "dihedral" else 1)
     order = sorted(range(len(found)), key=lambda i: (found[i].atom, i))
     return [found[i] for i in order]
 
@@ -104,12 +88,24 @@ class CoordinateMap(nn.Module):
     coordinates
         The 3N-6 coordinates, as `describe_coordinates` returns them.
     statistics
-        Layout of y and centres of all coordinates.
+        Layout of y, sectors and typical values of all coordinates.
     constraints
         Constrained bonds and masses of the System at hand, for Φ and the reference lengths.
     representation
         "full" or "reduced".
     """
+
+    fixman: FixmanTerm
+    reference_fixed: Tensor
+    _modelled: Tensor
+    _fixed: Tensor
+    _unsplit: Tensor
+    _siblings: Tensor
+    _carriers: Tensor
+    _triples: Tensor
+    _wrap_centre: Tensor
+    _lower: Tensor
+    _upper: Tensor
 
     def __init__(
         self,
@@ -143,26 +139,20 @@ class CoordinateMap(nn.Module):
 
         buffer("_modelled", [columns[i] for i in modelled])
         buffer("_fixed", [columns[i] for i in fixed])
+        # of (y, s), to gather the raw vector from it
         buffer("_unsplit", np.argsort([columns[i] for i in modelled + fixed]))
         carriers = [c if c >= 0 else r for r, c in enumerate(zmatrix.carrier)]
         siblings = [r for r, c in enumerate(zmatrix.carrier) if c not in (r, -1)]
         buffer("_siblings", siblings)
         buffer("_carriers", [carriers[r] for r in siblings])
         buffer("_triples", np.array(zmatrix.triple, dtype=int).reshape(-1, 3))
-        # Centres of linear angles: the wrapped value is the one within π of it, so that no coordinate jumps.
-        raw_centre = np.zeros(3 + 3 * rows)
-        raw_centre[columns] = statistics.centre
-        linear = [c.kind in ("offset", "amide") for c in coordinates]
-        is_linear = np.zeros(3 + 3 * rows, dtype=bool)
-        is_linear[columns] = linear
-        # A circular coordinate wraps about zero, a linear angle about its centre.
-        wrap_centre = np.where(is_linear, raw_centre, 0.0)[3 + 2 * rows :]
-        buffer("_wrap_centre", wrap_centre, torch.float64)
-        sector = [k for k, i in enumerate(modelled) if linear[i]]
-        buffer("_sector", sector)
-        buffer("_sector_centre", [statistics.centre[modelled[k]] for k in sector], torch.float64)
-        buffer("_angle", [k for k, i in enumerate(modelled) if coordinates[i].kind == "angle"])
-        buffer("_length", [k for k, i in enumerate(modelled) if coordinates[i].kind == "length"])
+        # Raw angles wrap about the centre of their sector, so that none jumps; circular ones about zero.
+        wrap_centre = np.zeros(3 + 3 * rows)
+        wrap_centre[columns] = statistics.sector
+        buffer("_wrap_centre", wrap_centre[3 + 2 * rows :], torch.float64)
+        bounds = [_bounds(coordinates[i], statistics.sector[i]) for i in modelled + fixed]
+        buffer("_lower", [low for low, _ in bounds], torch.float64)
+        buffer("_upper", [high for _, high in bounds], torch.float64)
         self.set_constraints(constraints)
 
     # ---------------------------------------------------------------- construction
@@ -205,20 +195,19 @@ class CoordinateMap(nn.Module):
         constraints = constraints or Constraints([], [], [1.0] * n)
         zmatrix = build_zmatrix(topology, constraints.as_set())
         coordinates = describe_coordinates(topology, zmatrix, constraints.as_set(), representation)
-        blank = Statistics(_blank_layout(coordinates), [0.0] * len(coordinates), 0, 0)
-        raw = cls(zmatrix, coordinates, blank, constraints, representation)
+        raw = cls(zmatrix, coordinates, blank_statistics(coordinates), constraints, representation)
         values = torch.cat([raw._raw_sorted(x[i : i + 8192]) for i in range(0, len(x), 8192)])
-        statistics = _fit_statistics(coordinates, values.numpy())
+        statistics = fit_statistics(coordinates, values.numpy())
         if statistics.n_outside:
             logger.warning(
-                "%d of %d frames lie outside the modelled sectors (another chirality or amide isomer) and are left out.",
+                "%d of %d data frames lie outside the modelled sectors (another chirality or amide isomer).",
                 statistics.n_outside,
                 statistics.n_frames,
             )
         return cls(zmatrix, coordinates, statistics, constraints, representation)
 
     def _raw_sorted(self, positions: Tensor) -> Tensor:
-        """All coordinates [B, 3N-6] in the order of ``self.coordinates``, angles wrapped about the centres."""
+        """All coordinates [B, 3N-6] in the order of ``self.coordinates``."""
         y, s = self.to_internal(positions)
         both = torch.cat((y, s), dim=-1)
         modelled = [i for i, c in enumerate(self.coordinates) if c.modelled]
@@ -226,28 +215,46 @@ class CoordinateMap(nn.Module):
         return both[:, torch.as_tensor(np.argsort(modelled + fixed))]
 
     def with_constraints(self, constraints: Constraints) -> CoordinateMap:
-        """The same map for the masses (and equal constraints) of another System."""
+        """The same map for the masses and constraints of another System.
+
+        Raises
+        ------
+        InputError
+            It constrains a length that y holds, or a distance that is no length of the Z-matrix.
+        """
         return CoordinateMap(self.zmatrix, self.coordinates, self.statistics, constraints, self.representation)
 
     def set_constraints(self, constraints: Constraints) -> None:
         """Build Φ and the reference lengths for the constraints and masses given."""
         known = {(min(p), max(p)): d for p, d in zip(constraints.bonds, constraints.lengths, strict=True)}
+        if len(constraints.masses) != self.n_atoms:
+            raise InputError(f"The constraints have {len(constraints.masses)} masses for {self.n_atoms} atoms.")
+        first, middle, _ = self.zmatrix.seed
+        parent_of = {row: first if row == -1 else middle for row in (-1, -2)}
+        parent_of |= {r: row[1] for r, row in enumerate(self.zmatrix.rows)}
+        reference = []
+        for c, typical in zip(self.coordinates, self.statistics.reference, strict=True):
+            parent = parent_of[c.row]
+            length = known.get((min(c.atom, parent), max(c.atom, parent))) if c.kind == "length" else None
+            if c.modelled and length is not None:
+                raise InputError(
+                    f"The System constrains the length of bond {c.atom}-{parent}, which the coordinates model: "
+                    "use the constraints that they were made for."
+                )
+            if not c.modelled:
+                reference.append(typical if length is None else length)
         blocks: dict[int, tuple[list[int], list[float], float]] = {}
         row_of = {row[0]: r for r, row in enumerate(self.zmatrix.rows)}
         for hydrogen, heavy in constraints.bonds:
             if hydrogen not in row_of or self.zmatrix.rows[row_of[hydrogen]][1] != heavy:
-                raise InputError("A constrained bond is no bond of the Z-matrix: was the model made for this System?")
+                raise InputError(
+                    f"The System constrains the distance of atoms {hydrogen} and {heavy}, which is no length of the "
+                    "Z-matrix: use the constraints that the coordinates were made for."
+                )
             rows, masses, _ = blocks.setdefault(heavy, ([], [], constraints.masses[heavy]))
             rows.append(row_of[hydrogen])
             masses.append(constraints.masses[hydrogen])
         self.fixman = FixmanTerm(list(blocks.values()))
-        reference = []
-        for c, centre in zip(self.coordinates, self.statistics.centre, strict=True):
-            if c.modelled:
-                continue
-            parent = self.zmatrix.rows[c.row][1] if c.row >= 0 else -1
-            fixed = known.get((min(c.atom, parent), max(c.atom, parent))) if c.kind == "length" else None
-            reference.append(centre if fixed is None else fixed)
         self.register_buffer("reference_fixed", torch.tensor(reference, dtype=torch.float64), persistent=False)
 
     # ---------------------------------------------------------------- the map
@@ -269,7 +276,7 @@ class CoordinateMap(nn.Module):
 
     def _raw(self, y: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Seed [B, 3], r, θ, φ [B, K] of every row, φ without offsets."""
-        raw = torch.cat((y, s.expand(len(y), self.n_fixed)), dim=-1).index_select(1, self._unsplit)
+        raw = torch.cat((y, s.to(y).expand(len(y), self.n_fixed)), dim=-1).index_select(1, self._unsplit)
         rows = len(self.zmatrix.rows)
         seed, r, theta, phi = raw.split((3, rows, rows, rows), dim=-1)
         if len(self._triples):
@@ -288,6 +295,11 @@ class CoordinateMap(nn.Module):
         seed, r, theta, phi = self._raw(y, s)
         return log_jacobian(seed, r, theta) + self.fixman(theta, phi)
 
+    def fixman_term(self, y: Tensor, s: Tensor) -> Tensor:
+        """Φ [B] alone, 0 without constraints."""
+        _, _, theta, phi = self._raw(y, s)
+        return self.fixman(theta, phi)
+
     def positions_and_log_volume(self, y: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """Both of the above, sharing their work."""
         seed, r, theta, phi = self._raw(y, s)
@@ -295,16 +307,12 @@ class CoordinateMap(nn.Module):
         return self.internal.to_positions(seed, r, theta, phi), volume
 
     def in_domain(self, y: Tensor, s: Tensor) -> Tensor:
-        """True [B] where lengths are positive, angles in (0, π) and linear angles in their sector."""
-        inside = torch.isfinite(y).all(-1)
-        if len(self._length):
-            inside = inside & (y[:, self._length] > 0).all(-1)
-        if len(self._angle):
-            angle = y[:, self._angle]
-            inside = inside & ((angle > 0) & (angle < math.pi)).all(-1)
-        if len(self._sector):
-            inside = inside & ((y[:, self._sector] - self._sector_centre.to(y.dtype)).abs() < SECTOR).all(-1)
-        return inside
+        """True [B] where lengths are positive, angles in (0, π) and linear angles in their sector, in y and in s.
+
+        Rule 3 of docs/theory.md: decided on the coordinates, for positions made from them fold back inside.
+        """
+        both = torch.cat((y, s.to(y).expand(len(y), self.n_fixed)), dim=-1)
+        return ((both > self._lower.to(y.dtype)) & (both < self._upper.to(y.dtype))).all(-1)
 
     # ---------------------------------------------------------------- JSON
 
@@ -314,7 +322,8 @@ class CoordinateMap(nn.Module):
             "representation": self.representation,
             "zmatrix": self.zmatrix.to_dict(),
             "coordinates": [asdict(c) for c in self.coordinates],
-            "centre": self.statistics.centre,
+            "sector": self.statistics.sector,
+            "reference": self.statistics.reference,
             "n_outside": self.statistics.n_outside,
             "n_frames": self.statistics.n_frames,
             "layout": self.layout.to_dict(),
@@ -326,7 +335,11 @@ class CoordinateMap(nn.Module):
         """Inverse of `to_dict`."""
         constraints = data["constraints"]
         statistics = Statistics(
-            FeatureLayout.from_dict(data["layout"]), data["centre"], data["n_outside"], data["n_frames"]
+            FeatureLayout.from_dict(data["layout"]),
+            list(data["sector"]),
+            list(data["reference"]),
+            data["n_outside"],
+            data["n_frames"],
         )
         return cls(
             ZMatrix.from_dict(data["zmatrix"]),
@@ -339,83 +352,12 @@ class CoordinateMap(nn.Module):
         )
 
 
-def _blank_layout(coordinates: list[Coordinate]) -> FeatureLayout:
-    modelled = [c for c in coordinates if c.modelled]
-    n = len(modelled)
-    return FeatureLayout(
-        circular=[c.kind == "dihedral" for c in modelled],
-        backbone=[c.backbone for c in modelled],
-        fold=[c.fold for c in modelled],
-        concentration=[0.0] * n,
-        shift=[0.0] * n,
-        scale=[1.0] * n,
-    )
-
-
-def _emptiest_cut(angle: np.ndarray) -> float:
-    """Middle of the emptiest stretch of a circular coordinate [n] (rad): Sittel et al. 2017."""
-    bins = 72
-    counts = np.histogram(angle, bins=bins, range=(-math.pi, math.pi))[0].astype(float)
-    window = np.exp(-0.5 * (np.arange(-6, 7) / 3.0) ** 2)
-    smooth = np.convolve(np.concatenate((counts[-6:], counts, counts[:6])), window, mode="valid")
-    lowest = np.flatnonzero(smooth <= smooth.min() + 1e-9)
-    # of an empty arc, take its middle: average the bins as directions of the longest consecutive run
-    runs = np.split(lowest, np.flatnonzero(np.diff(lowest) > 1) + 1)
-    if len(runs) > 1 and runs[0][0] == 0 and runs[-1][-1] == bins - 1:
-        runs = [np.concatenate((runs[-1] - bins, runs[0])), *runs[1:-1]]
-    longest = max(runs, key=len)
-    return float((longest.mean() + 0.5) * 2 * math.pi / bins - math.pi)
-
-
-def _von_mises_concentration(resultant: float) -> float:
-    """κ with mean resultant length R (Best & Fisher's approximation for R > 0.53, where it is used)."""
-    return min(200.0, 1.0 / (resultant**3 - 4 * resultant**2 + 3 * resultant))
-
-
-def _fit_statistics(coordinates: list[Coordinate], values: np.ndarray) -> Statistics:
-    """Centres, scales, cuts and base densities from data [n, 3N-6]."""
-    centre, scale, concentration = [], [], []
-    outside = np.zeros(len(values), dtype=bool)
-    for j, c in enumerate(coordinates):
-        column = values[:, j]
-        kappa = 0.0
-        if c.kind in ("length", "angle"):
-            middle, spread = float(column.mean()), float(column.std())
-        else:
-            phasor = np.exp(1j * c.fold * column).mean()
-            direction = float(np.angle(phasor))
-            if c.kind == "dihedral":
-                spread = 1.0
-                if abs(phasor) > CONCENTRATED:
-                    middle, kappa = direction, _von_mises_concentration(float(abs(phasor)))
-                else:
-                    folded = np.angle(np.exp(1j * c.fold * column))
-                    middle = math.remainder(_emptiest_cut(folded) + math.pi, 2 * math.pi)
-            else:
-                # the majority decides the sector: its mean, then the mean of the frames inside
-                distance = np.angle(np.exp(1j * (column - direction)))
-                direction += float(np.median(distance))
-                distance = np.angle(np.exp(1j * (column - direction)))
-                inside = np.abs(distance) < SECTOR
-                middle = math.remainder(direction + float(distance[inside].mean()), 2 * math.pi)
-                distance = np.angle(np.exp(1j * (column - middle)))
-                away = np.abs(distance) >= SECTOR
-                outside |= away
-                spread = float(distance[~away].std())
-        centre.append(middle)
-        concentration.append(kappa)
-        if c.kind == "dihedral":
-            scale.append(1.0)
-        else:
-            floor = 1e-5 if c.kind == "length" else 1e-4  # a coordinate that never moved still needs a width
-            scale.append(max(spread, floor))
-    keep = [j for j, c in enumerate(coordinates) if c.modelled]
-    layout = FeatureLayout(
-        circular=[coordinates[j].kind == "dihedral" for j in keep],
-        backbone=[coordinates[j].backbone for j in keep],
-        fold=[coordinates[j].fold for j in keep],
-        concentration=[concentration[j] for j in keep],
-        shift=[centre[j] for j in keep],
-        scale=[scale[j] for j in keep],
-    )
-    return Statistics(layout, centre, int(outside.sum()), len(values))
+def _bounds(coordinate: Coordinate, sector: float) -> tuple[float, float]:
+    """Open interval of a coordinate's domain."""
+    if coordinate.kind == "length":
+        return 0.0, math.inf
+    if coordinate.kind == "angle":
+        return 0.0, math.pi
+    if coordinate.linear_angle:
+        return sector - SECTOR, sector + SECTOR
+    return -math.inf, math.inf

@@ -38,12 +38,13 @@ def dihedral_angle(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
     return torch.atan2(sine, (first * last).sum(-1))
 
 
-def _step(theta: Tensor, phi: Tensor) -> Tensor:
-    """T(θ, φ) [..., 3, 3]: the child's frame in its parent's."""
+def _step(r: Tensor, theta: Tensor, phi: Tensor) -> Tensor:
+    """[T(θ, φ) | r t_1] [..., 3, 4]: the child's frame and place in its parent's frame."""
     ct, st, cp, sp = theta.cos(), theta.sin(), phi.cos(), phi.sin()
     zero = torch.zeros_like(ct)
-    rows = (-ct, -st, zero, st * cp, -ct * cp, -sp, st * sp, -ct * sp, cp)
-    return torch.stack(rows, dim=-1).unflatten(-1, (3, 3))
+    x, y, z = -ct, st * cp, st * sp
+    rows = (x, -st, zero, r * x, y, x * cp, -sp, r * y, z, x * sp, cp, r * z)
+    return torch.stack(rows, dim=-1).unflatten(-1, (3, 4))
 
 
 class InternalCoordinates(nn.Module):
@@ -58,29 +59,34 @@ class InternalCoordinates(nn.Module):
         The Z-matrix of N atoms; K = N - 3 rows.
     """
 
+    _rows: Tensor
+    _above: Tensor
+    _unsort: Tensor
+
     def __init__(self, zmatrix: ZMatrix) -> None:
         super().__init__()
         self.zmatrix = zmatrix
-        self.register_buffer("_seed", torch.tensor(zmatrix.seed), persistent=False)
         rows = torch.tensor(zmatrix.rows, dtype=torch.long).reshape(-1, 4)
-        self.register_buffer("_rows", rows, persistent=False)
-        placed = {atom: i for i, atom in enumerate(zmatrix.seed)}  # atom -> index within its level
-        level_of = {atom: 0 for atom in zmatrix.seed}
-        self._slices: list[tuple[int, int]] = []
-        start = 0
-        while start < len(zmatrix.rows):
-            level = zmatrix.levels[start]
-            stop = start
-            while stop < len(zmatrix.rows) and zmatrix.levels[stop] == level:
-                stop += 1
-            parents = [placed[zmatrix.rows[row][1]] for row in range(start, stop)]
-            for row in range(start, stop):
-                assert level_of[zmatrix.rows[row][1]] == level - 1
-                placed[zmatrix.rows[row][0]] = row - start
-                level_of[zmatrix.rows[row][0]] = level
-            self.register_buffer(f"_parents{len(self._slices)}", torch.tensor(parents), persistent=False)
-            self._slices.append((start, stop))
-            start = stop
+        self.register_buffer("_rows", rows.T.reshape(-1), persistent=False)
+        # Only atoms with children need a frame, level after level; all others are placed in one go at the end.
+        carries = {row[1] for row in zmatrix.rows}
+        frame_of = {atom: i for i, atom in enumerate(zmatrix.seed)}  # atom -> index among all frames
+        place_in_level = dict(frame_of)
+        self._n_levels = 0
+        for level in sorted(set(zmatrix.levels)):
+            inner = [i for i, row in enumerate(zmatrix.rows) if zmatrix.levels[i] == level and row[0] in carries]
+            if not inner:
+                break
+            parents = [place_in_level[zmatrix.rows[i][1]] for i in inner]
+            place_in_level = {}
+            for k, i in enumerate(inner):
+                place_in_level[zmatrix.rows[i][0]] = k
+                frame_of[zmatrix.rows[i][0]] = len(frame_of)
+            self.register_buffer(f"_inner{level}", torch.tensor(inner), persistent=False)
+            self.register_buffer(f"_parents{level}", torch.tensor(parents), persistent=False)
+            self._n_levels = level
+        above = torch.tensor([frame_of[row[1]] for row in zmatrix.rows], dtype=torch.long)
+        self.register_buffer("_above", above, persistent=False)
         order = list(zmatrix.seed) + [row[0] for row in zmatrix.rows]
         self.register_buffer("_unsort", torch.argsort(torch.tensor(order)), persistent=False)
 
@@ -90,27 +96,40 @@ class InternalCoordinates(nn.Module):
         seed = torch.stack(
             (torch.linalg.norm(x1 - x0, dim=-1), torch.linalg.norm(x2 - x1, dim=-1), bond_angle(x2, x1, x0)), dim=-1
         )
-        a, b, c, d = (positions.index_select(1, self._rows[:, i]) for i in range(4))
-        return seed, torch.linalg.norm(a - b, dim=-1), bond_angle(a, b, c), dihedral_angle(a, b, c, d)
+        shape = (len(positions), 4, -1, 3)
+        a, b, c, d = positions.index_select(1, self._rows).view(shape).unbind(1)
+        # bond_angle and dihedral_angle with their common cross product and lengths computed once
+        bond, axis, last = a - b, c - b, d - c
+        plane, other = _cross(bond, axis), _cross(last, axis)
+        theta = torch.atan2(torch.linalg.norm(plane, dim=-1), (bond * axis).sum(-1))
+        sine = (_cross(plane, other) * axis).sum(-1) / torch.linalg.norm(axis, dim=-1)
+        return seed, torch.linalg.norm(bond, dim=-1), theta, torch.atan2(sine, (plane * other).sum(-1))
 
     def to_positions(self, seed: Tensor, r: Tensor, theta: Tensor, phi: Tensor) -> Tensor:
         """Inverse of `to_internal`, in the canonical frame: seed atom 0 at the origin, 1 on +x, 2 at y > 0."""
         r1, r2, theta2 = seed.unbind(-1)
         zero = torch.zeros_like(r1)
-        middle = torch.eye(3, dtype=seed.dtype, device=seed.device).expand(len(seed), 3, 3)
-        first = torch.diag(torch.tensor([-1.0, 1.0, -1.0], dtype=seed.dtype, device=seed.device)).expand_as(middle)
-        last = _step(theta2, zero)
-        x1 = torch.stack((r1, zero, zero), dim=-1)
-        x = torch.stack((torch.zeros_like(x1), x1, x1 + r2[:, None] * last[:, :, 0]), dim=1)
-        frames = torch.stack((first, middle, last), dim=1)
-        steps = _step(theta, phi)
-        placed = [x]
-        for level, (start, stop) in enumerate(self._slices):
-            parents = getattr(self, f"_parents{level}")
-            frames = frames.index_select(1, parents) @ steps[:, start:stop]
-            x = x.index_select(1, parents) + r[:, start:stop, None] * frames[..., 0]
-            placed.append(x)
-        return torch.cat(placed, dim=1).index_select(1, self._unsort)
+        # Frame and place [R | x] of the seed atoms: the middle one stands at r_1 on +x, its axes those of space.
+        first = seed.new_tensor([[-1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, -1, 0]]).expand(len(seed), 3, 4)
+        shift = torch.stack((r1, zero, zero), dim=-1)[..., None]
+        middle = torch.cat((torch.eye(3, dtype=seed.dtype, device=seed.device).expand(len(seed), 3, 3), shift), dim=-1)
+        last = _step(r2, theta2, zero) + torch.nn.functional.pad(shift, (3, 0))
+        state = torch.stack((first, middle, last), dim=1)
+        start = state[..., 3]
+        steps = _step(r, theta, phi)
+        states = [state]
+        for level in range(1, self._n_levels + 1):
+            parents, inner = getattr(self, f"_parents{level}"), getattr(self, f"_inner{level}")
+            state = self._advance(state.index_select(1, parents), steps.index_select(1, inner))
+            states.append(state)
+        above = torch.cat(states, dim=1).index_select(1, self._above)
+        rows = (above[..., :3] * steps[..., None, :, 3]).sum(-1) + above[..., 3]
+        return torch.cat((start, rows), dim=1).index_select(1, self._unsort)
+
+    @staticmethod
+    def _advance(state: Tensor, step: Tensor) -> Tensor:
+        """[R | x] · [T | d] = [R T | R d + x] for [B, n, 3, 4] both."""
+        return state[..., :3] @ step + torch.nn.functional.pad(state[..., 3:], (3, 0))
 
 
 def log_jacobian(seed: Tensor, r: Tensor, theta: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class ZMatrix:
         [N-3] row that carries the dihedral of this row's group of siblings: the row itself for the carrier, -1 for
         a child of the middle seed atom, whose zero is seed atom 2 itself.
     triple
-        Rows (carrier, second, third) of groups of exactly three identical hydrogens: methyl, ammonium.
+        Rows (carrier, second, third) of groups of exactly three hydrogens of one isotope: methyl, ammonium.
     """
 
     seed: tuple[int, int, int]
@@ -63,27 +63,38 @@ class ZMatrix:
 
 def _choose_seed(graph: MoleculeGraph, constrained: set[tuple[int, int]]) -> tuple[int, int, int]:
     backbone = graph.backbone()
-    best: tuple[Any, tuple[int, int, int]] | None = None
+    candidates: list[tuple[tuple[bool, bool], tuple[int, int, int]]] = []
     for middle in range(graph.n_atoms):
         heavy = graph.heavy_neighbours(middle)
         if graph.is_hydrogen(middle) or len(heavy) < 2:
             continue
-        depth = max(graph.distances(middle).values())
         # Prefer backbone neighbours on both sides, so that the tree's torsions are the field's own (φ, ψ, ω).
         ends = sorted(heavy, key=lambda a: (not backbone[a], a))[:2]
         alpha = graph.names[middle] == "CA" and backbone[middle]
-        score = (not (backbone[middle] and backbone[ends[0]] and backbone[ends[1]]), not alpha, depth, middle)
-        if best is None or score < best[0]:
-            best = (score, (ends[0], middle, ends[1]))
-    if best is not None:
-        return best[1]
+        rank = (not (backbone[middle] and backbone[ends[0]] and backbone[ends[1]]), not alpha)
+        candidates.append((rank, (ends[0], middle, ends[1])))
+    if candidates:
+        # ... and among those the one nearest to the centre of the molecule: the tree is shallow there.
+        best = min(rank for rank, _ in candidates)
+        seeds = [seed for rank, seed in candidates if rank == best]
+        return min(seeds, key=lambda seed: (max(graph.distances(seed[1]).values()), seed[1]))
+    found: list[tuple[tuple[int, int, int], tuple[int, int, int]]] = []
     for middle in range(graph.n_atoms):  # methanol and the like: hydrogens, as long as no length of theirs is fixed
-        for first in graph.neighbours[middle]:
-            for last in graph.neighbours[middle]:
-                pairs = {(min(middle, a), max(middle, a)) for a in (first, last)}
-                if first < last and not pairs & constrained:
-                    ends = sorted((first, last), key=graph.is_hydrogen)
-                    return (ends[0], middle, ends[1])
+        if graph.is_hydrogen(middle):
+            continue
+        free = [
+            a
+            for a in graph.neighbours[middle]
+            if not (graph.is_hydrogen(a) and (min(a, middle), max(a, middle)) in constrained)
+        ]
+        if len(free) < 2:
+            continue
+        ends = sorted(free, key=lambda a: (graph.is_hydrogen(a), a))[:2]
+        n_hydrogens = sum(map(graph.is_hydrogen, ends))
+        # few siblings of the seed's hydrogen, so that a methyl group keeps its three hydrogens together
+        found.append(((n_hydrogens, len(graph.neighbours[middle]), middle), (ends[0], middle, ends[1])))
+    if found:
+        return min(found)[1]
     raise InputError(
         "The molecule has no three linked heavy atoms and its hydrogen bond lengths are constrained: "
         "build its System with constraints=None."
@@ -134,7 +145,8 @@ def build_zmatrix(topology: Any, constrained: set[tuple[int, int]] | None = None
                 levels.append(level)
                 carrier.append(-1 if parent == middle else start)
             if parent != middle and len(found) == 3 and all(
-                graph.is_hydrogen(c) and len(graph.neighbours[c]) == 1 for c in found
+                graph.is_hydrogen(c) and graph.elements[c] == graph.elements[found[0]] and len(graph.neighbours[c]) == 1
+                for c in found
             ):
                 triple.append((start, start + 1, start + 2))
             front.extend(found)

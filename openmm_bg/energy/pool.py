@@ -11,9 +11,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only then)
-from openmm import unit  # isort: skip
 
-from ..errors import EnergyError, InputError
+from ..errors import EnergyError
+from .arrays import as_frames, sound_rows
 from .snapshot import (
     ContextState,
     clone_system,
@@ -28,17 +28,14 @@ from .workers import Workers
 
 logger = logging.getLogger(__name__)
 
-#: Coordinates beyond this are not sent to OpenMM, nm: their squares overflow single precision, and the tests on
-#: squared displacements by which a platform notices that its neighbour list is stale would fail.
-FARTHEST = 1.0e18
-
 
 class ContextPool:
     """Evaluates batches of positions in clones of a Context, one per worker thread.
 
-    The clones have the Context's System, box, global parameters and, on its platform, its platform properties.
-    The Context itself is only read: its positions, parameters and step count stay as they are. All energies of
-    one pool count as one energy function (docs/theory.md, rule 4): compare old and new states with the same pool.
+    The clones have the Context's System, box, global parameters and, on its platform, its platform
+    properties. The Context itself is only read: its positions, parameters and step count stay as they are.
+    All energies of one pool count as one energy function (docs/theory.md): compare old and new states with
+    the same pool.
 
     Parameters
     ----------
@@ -89,16 +86,13 @@ class ContextPool:
         self.tuning: Tuning | None = None
         self.n_energies = 0
         self.n_nonfinite = 0
-        self._unpushed: str | None = None
-        self._warned = False
+        self._warned_failure = False
+        self._warned_unpushed = False
         state = read_state(context)
         own = context.getPlatform().getName()
         name, count = platform, n_workers
         if name is None or count is None:
-            frames = None if positions is None else self._to_numpy(positions)
-            if frames is not None and (len(frames) == 0 or not np.isfinite(frames).all()):
-                raise InputError("positions to time on must be at least one frame of finite numbers.")
-            self.tuning = tune(context, platform=platform, n_workers=n_workers, positions=frames)
+            self.tuning = tune(context, platform=platform, n_workers=n_workers, positions=positions)
             name, count = self.tuning.chosen.platform, self.tuning.chosen.n_workers
         self._digest = digest_system(context)
         self._workers = self._make_workers(name, count)
@@ -135,7 +129,7 @@ class ContextPool:
         self.close()
 
     def close(self) -> None:
-        """End the worker threads and destroy the clones. Also done when the pool is collected, and at exit."""
+        """End the worker threads and destroy the clones. Also done on collection and at exit."""
         self._workers.close()
 
     def energies(self, positions: ArrayLike | torch.Tensor) -> NDArray[np.float64]:
@@ -174,12 +168,13 @@ class ContextPool:
     def sync(self) -> None:
         """Follow the user's Context: global parameters, box, and force parameters.
 
-        Global parameters and box are copied. Force parameters cannot be read from a Context, so the energy of the
-        Context's positions is compared in both (`energy_tolerance`, for the coarser of the two precisions), and
-        the System is compared with the one that the clones were made from. If either differs, the clones are
-        made afresh from the Context's System and compared once more. A System that was changed but not pushed
-        into its Context (`updateParametersInContext`, `reinitialize`) leaves the clones as they are as long as
-        they agree with the Context, for it is the Context that is being sampled.
+        Global parameters and box are copied. Force parameters cannot be read from a Context, so the energy of
+        the Context's positions is compared in both (`energy_tolerance`, for the coarser of the two
+        precisions), and the System is compared with the one that the clones were made from. If either
+        differs, the clones are made afresh from the Context's System and compared once more. A System that
+        was changed but not pushed into its Context (`updateParametersInContext`, `reinitialize`) leaves the
+        clones as they are as long as they agree with the Context, for it is the Context that is being
+        sampled.
 
         Raises
         ------
@@ -199,7 +194,7 @@ class ContextPool:
         gap, tolerance = self._compare(self._workers, state)
         agrees = abs(gap) <= tolerance  # False for NaN
         digest = digest_system(self.context)
-        if agrees and digest in (self._digest, self._unpushed):
+        if agrees and digest == self._digest:
             return
         fresh = self._make_workers(self.platform, self.n_workers)
         try:
@@ -212,32 +207,31 @@ class ContextPool:
             # Also if the old clones agree: the change may not show at these positions, and a System that is
             # edited is normally pushed.
             self._workers.close()
-            self._workers, self._digest, self._unpushed = fresh, digest, None
+            self._workers, self._digest = fresh, digest
             logger.debug("The clones were made afresh from the Context's System.")
             return
         fresh.close()
         if agrees:
-            self._unpushed = digest
-            logger.warning(
-                "The System was changed without telling its Context (updateParametersInContext or reinitialize); "
-                "energies follow the Context."
-            )
+            if not self._warned_unpushed:
+                self._warned_unpushed = True
+                logger.warning(
+                    "The System was changed without telling its Context (by updateParametersInContext or "
+                    "reinitialize); energies follow the Context."
+                )
             return
         raise EnergyError(
-            f"A copy of the Context's System on {self.platform} differs from the Context by {fresh_gap:.6g} kJ/mol "
-            f"at its positions (rounding allows {fresh_tolerance:.2g}): call updateParametersInContext on the forces "
-            "that were changed, or context.reinitialize(preserveState=True)."
+            f"A copy of the Context's System on {self.platform} differs from the Context by {fresh_gap:.6g} "
+            f"kJ/mol at its positions (rounding allows {fresh_tolerance:.2g}): call updateParametersInContext "
+            "on the forces that were changed, or context.reinitialize(preserveState=True)."
         )
 
     def _compare(self, workers: Workers, state: ContextState) -> tuple[float, float]:
-        """Energy of a clone minus the Context's own at its positions, and how much of that rounding allows."""
+        """Energy of a clone minus the Context's own at its positions, and what rounding allows."""
         try:
             energy, groups = workers.group_energies(state.positions)
         except openmm.OpenMMException as error:
             message = str(error).rstrip(".")
-            raise EnergyError(
-                f"The {workers.platform} platform cannot evaluate the System ({message})."
-            ) from error
+            raise EnergyError(f"The {workers.platform} platform cannot evaluate the System ({message}).") from error
         own = self.context.getPlatform().getName()
         double = is_double(own, platform_properties(own, self.context)) and is_double(
             workers.platform, platform_properties(workers.platform, self.context)
@@ -247,33 +241,14 @@ class ContextPool:
 
     def _make_workers(self, platform: str, count: int) -> Workers:
         try:
-            return Workers(
-                clone_system(self.context), platform, platform_properties(platform, self.context), count
-            )
+            return Workers(clone_system(self.context), platform, platform_properties(platform, self.context), count)
         except openmm.OpenMMException as error:
             message = str(error).rstrip(".")
             raise EnergyError(f"The {platform} platform cannot hold the System ({message}).") from error
 
-    def _to_numpy(self, positions: Any) -> NDArray[np.float64]:
-        if isinstance(positions, torch.Tensor):
-            positions = positions.detach().cpu().numpy()
-        elif unit.is_quantity(positions):
-            positions = positions.value_in_unit(unit.nanometer)
-        try:
-            array = np.ascontiguousarray(positions, dtype=np.float64)
-        except (TypeError, ValueError):
-            raise InputError(f"positions must be numbers of shape [B, {self.n_atoms}, 3].") from None
-        if array.ndim != 3 or array.shape[1:] != (self.n_atoms, 3):
-            raise InputError(f"positions must have shape [B, {self.n_atoms}, 3], not {list(array.shape)}.")
-        return array
-
-    def _evaluate(
-        self, positions: Any, *, forces: bool
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
-        array = self._to_numpy(positions)
-        # Also False for NaN and inf, of which OpenMM's platforms make exceptions, stale energies or zeros.
-        sound = np.abs(array).max(axis=(1, 2), initial=0.0) < FARTHEST
-        rows = np.flatnonzero(sound).tolist()
+    def _evaluate(self, positions: Any, *, forces: bool) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        array = as_frames(positions, self.n_atoms)
+        rows = sound_rows(array)
         energies, out = self._workers.evaluate(array, rows, forces=forces)
         bad = ~np.isfinite(energies)
         energies[bad] = np.inf
@@ -281,9 +256,7 @@ class ContextPool:
             out[bad | ~np.isfinite(out).all(axis=(1, 2))] = 0.0
         self.n_energies += len(rows)
         self.n_nonfinite += int(bad.sum())
-        if self._workers.failure is not None and not self._warned:
-            self._warned = True
-            logger.warning(
-                "OpenMM could not evaluate a frame, which counts as +inf: %s", self._workers.failure
-            )
+        if self._workers.failure is not None and not self._warned_failure:
+            self._warned_failure = True
+            logger.warning("OpenMM could not evaluate a frame, which counts as +inf: %s", self._workers.failure)
         return energies, out

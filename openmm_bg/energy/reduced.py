@@ -15,9 +15,7 @@ from ..errors import InputError
 from .pool import ContextPool
 
 #: Molar gas constant R in kJ/mol/K, as OpenMM has it (Boltzmann's constant per mole).
-BOLTZMANN: float = float(
-    unit.MOLAR_GAS_CONSTANT_R.value_in_unit(unit.kilojoule_per_mole / unit.kelvin)  # type: ignore[attr-defined]
-)
+BOLTZMANN: float = float(unit.MOLAR_GAS_CONSTANT_R.value_in_unit(unit.kilojoule_per_mole / unit.kelvin))
 
 
 def thermal_energy(temperature: Any) -> float:
@@ -40,25 +38,30 @@ def thermal_energy(temperature: Any) -> float:
         value = value.value_in_unit(unit.kelvin)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise InputError(f"The temperature must be a number of kelvin or a Quantity, not {temperature!r}.")
-    if not (math.isfinite(value) and value > 0):
+    kelvin = float(value)
+    if not (math.isfinite(kelvin) and kelvin > 0.0):
         raise InputError(f"The temperature must be positive and finite, not {temperature}.")
-    return BOLTZMANN * float(value)
+    return BOLTZMANN * kelvin
 
 
 class _ReducedEnergy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, positions: Tensor, pool: ContextPool, kT: float) -> Tensor:
         energies, forces = pool.energies_and_forces(positions)
-        ctx.save_for_backward(torch.from_numpy(forces / -kT).to(positions))
-        return torch.from_numpy(energies / kT).to(positions.device)
+        u = torch.from_numpy(energies / kT).to(positions.device)
+        # In double precision to the end: the slopes of clashes overflow single precision, their products with
+        # the small factor that a regulariser sends back do not.
+        ctx.save_for_backward(torch.from_numpy(forces / -kT).to(positions.device), torch.isfinite(u))
+        ctx.dtype = positions.dtype
+        return u
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (slope,) = ctx.saved_tensors
-        product = grad.to(slope)[:, None, None] * slope
-        # A frame without a finite energy has zero slope here, but 0 times an infinite `grad` would be NaN.
-        return torch.where(slope == 0, torch.zeros_like(slope), product), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        slope, finite = ctx.saved_tensors
+        # The slope is zero where u is not finite, but 0 times an infinite or NaN `grad` would be NaN.
+        product = torch.where(finite, grad, 0.0)[:, None, None] * slope
+        return product.to(ctx.dtype), None, None
 
 
 def reduced_energy(positions: Tensor, pool: ContextPool, temperature: Any) -> Tensor:
@@ -87,6 +90,6 @@ def reduced_energy(positions: Tensor, pool: ContextPool, temperature: Any) -> Te
     if not isinstance(positions, Tensor):
         raise InputError(f"positions must be a torch tensor, not {type(positions).__name__}.")
     if torch.is_grad_enabled() and positions.requires_grad:
-        result: Tensor = _ReducedEnergy.apply(positions, pool, kT)  # type: ignore[no-untyped-call]
+        result: Tensor = _ReducedEnergy.apply(positions, pool, kT)
         return result
     return torch.from_numpy(pool.energies(positions) / kT).to(positions.device)

@@ -15,9 +15,9 @@ def regularise_energy(energy: Tensor, cut: float = 1.0e3, maximum: float = 1.0e2
 
     .. math:: f(u) = u \\;(u \\le c), \\qquad f(u) = c + \\log(1 + \\min(u, u_{max}) - c) \\;(u > c)
 
-    Value and slope are continuous at the cut. An untrained flow puts atoms on top of each other; without this,
-    one such frame would make up the whole gradient (Noé, Olsson, Köhler and Wu, Science 365, eaaw1147 (2019),
-    supplementary material, "energy regularisation").
+    Value and slope are continuous at the cut. An untrained flow puts atoms on top of each other; without
+    this, one such frame would make up the whole gradient (Noé, Olsson, Köhler and Wu, Science 365, eaaw1147
+    (2019), supplementary materials).
 
     For training only: it changes the distribution, so it never enters a weight.
 
@@ -43,7 +43,8 @@ def regularise_energy(energy: Tensor, cut: float = 1.0e3, maximum: float = 1.0e2
     if not (math.isfinite(cut) and math.isfinite(maximum) and cut < maximum):
         raise InputError(f"The regulariser needs finite cut < maximum, not cut = {cut}, maximum = {maximum}.")
     plain = torch.isfinite(energy) & (energy < maximum)
-    # Each branch sees only arguments that are harmless to it: `where` alone would let 0 * inf through backwards.
+    # Each branch sees only arguments that are harmless to it: `where` alone would let 0 * inf through
+    # backwards.
     inside = torch.where(plain, energy, torch.full_like(energy, cut))
     excess = torch.clamp(inside - cut, min=0.0)
     tamed = torch.where(inside > cut, cut + torch.log1p(excess), inside)

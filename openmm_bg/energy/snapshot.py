@@ -1,4 +1,5 @@
-"""What is read from the user's Context: its System, platform, box, parameters, and one energy to compare with.
+"""What is read from the user's Context: its System, platform, box, parameters, and one energy to compare
+with.
 
 Nothing here writes to the Context: reading a State changes neither its positions, parameters nor step count.
 """
@@ -12,9 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import openmm
 from numpy.typing import NDArray
-from openmm import unit
+
+import torch  # noqa: F401  # isort: skip  (before openmm, or its torch plugin does not load)
+import openmm  # isort: skip
+from openmm import unit  # isort: skip
 
 from ..errors import EnergyError, InputError
 
@@ -74,18 +77,14 @@ def read_state(context: openmm.Context) -> ContextState:
         if "positions have not been set" in message:
             raise InputError("The Context has no positions: call context.setPositions first.") from None
         if "NaN" in message:
-            raise InputError(
-                "The Context's positions are not finite: call context.setPositions first."
-            ) from None
+            raise InputError("The Context's positions are not finite: call context.setPositions first.") from None
         raise EnergyError(f"The Context cannot evaluate its energy ({message.rstrip('.')}).") from error
     positions = np.array(state.getPositions(asNumpy=True).value_in_unit(unit.nanometer), dtype=np.float64)
     if not np.isfinite(positions).all():
         raise InputError("The Context's positions are not finite: call context.setPositions first.")
     energy = float(state.getPotentialEnergy().value_in_unit(unit.kilojoule_per_mole))
     if not np.isfinite(energy):
-        raise InputError(
-            f"The Context's potential energy at its positions is {energy}: minimise or set other positions first."
-        )
+        raise InputError(f"The Context's potential energy at its positions is {energy}: minimise it or set others.")
     forces = np.asarray(state.getForces(asNumpy=True)._value)
     work = float((np.linalg.norm(forces, axis=1) * np.linalg.norm(positions, axis=1)).sum())
     vectors = state.getPeriodicBoxVectors(asNumpy=True).value_in_unit(unit.nanometer)
@@ -101,8 +100,8 @@ def read_state(context: openmm.Context) -> ContextState:
 def clone_system(context: openmm.Context) -> openmm.System:
     """Copy the Context's System, so that later edits of the original reach nobody by accident.
 
-    A System that cannot be copied (a PythonForce around a lambda) is shared; `digest_system` then says nothing,
-    and only the comparison of energies guards it.
+    A System that cannot be copied (a PythonForce around a lambda) is shared; `digest_system` then says
+    nothing, and only the comparison of energies guards it.
     """
     system = context.getSystem()
     try:
@@ -124,8 +123,9 @@ def digest_system(context: openmm.Context) -> str | None:
 def platform_properties(name: str, context: openmm.Context) -> dict[str, str]:
     """Platform properties of a clone on platform `name`.
 
-    On the Context's own platform its properties are kept. Elsewhere the defaults hold, but for mixed precision
-    where there is a choice. Clones on the CPU platform run one thread each, for they run beside each other.
+    On the Context's own platform its properties are kept. Elsewhere the defaults hold, but for mixed
+    precision where there is a choice. Clones on the CPU platform run one thread each, for they run beside
+    each other.
     """
     platform = openmm.Platform.getPlatformByName(name)
     names = platform.getPropertyNames()
@@ -156,9 +156,10 @@ def energy_tolerance(
     * a fraction of Σ_g |E_g| over force groups (a sum of magnitudes: groups cancel in the total). In double
       precision 1e-9. In single precision 1e-5 on one and the same platform (sums in another order), and 1e-4
       between platforms, whose Ewald grids and interpolation tables differ (2e-5 seen on a small water box).
-    * 8 ε Σ_i |F_i| |x_i|: positions rounded to relative ε move the energy by this much at most, times a margin.
-    * 8 ε N · 1389 kJ/mol: one close pair of unit charges per atom, rounded; it covers terms that cancel within
-      a group, and systems whose energy and forces happen to vanish.
+    * 8 ε Σ_i |F_i| |x_i|: positions rounded to relative ε move the energy by this much at most, times a
+      margin.
+    * 8 ε N · 1389 kJ/mol: one close pair of unit charges per atom, rounded; it covers terms that cancel
+      within a group, and systems whose energy and forces happen to vanish.
     """
     epsilon = EPSILON_DOUBLE if double else EPSILON_SINGLE
     fraction = 1e-9 if double else 1e-5 if same_platform else 1e-4

@@ -57,8 +57,8 @@ class Target:
         Returns
         -------
         Tensor
-            [B] float64: -inf outside the coordinates' domain and where the energy is not finite. Differentiable;
-            rows at -inf have gradient zero.
+            [B] float64: -inf outside the coordinates' domain and where the energy is not finite.
+            Differentiable; rows at -inf have gradient zero.
 
         Raises
         ------
@@ -73,25 +73,24 @@ class Target:
         Returns
         -------
         tuple
-            log π [B] float64, and positions [B, N, 3] float64 in nm: NaN for rows outside the domain, where the
-            map from internal coordinates would fold them back inside; detached from the graph.
+            log π [B] float64, and positions [B, N, 3] float64 in nm: NaN for rows outside the domain, where
+            the map from internal coordinates would fold them back inside; detached from the graph.
         """
         if y.ndim != 2 or s.ndim != 2 or len(y) != len(s):
-            raise InputError(
-                f"y and s must be of shape [B, D] and [B, S], not {tuple(y.shape)} and {tuple(s.shape)}."
-            )
+            raise InputError(f"y and s must be of shape [B, D] and [B, S], not {tuple(y.shape)} and {tuple(s.shape)}.")
         # Whatever enters a weight is computed in double precision.
         y, s = y.to(torch.float64), s.to(torch.float64)
         with torch.no_grad():
-            # Before q -> x, which would give a forbidden angle the energy of its mirror image and a finite weight.
+            # Before q -> x, which would give a forbidden angle the energy of its mirror image and a finite
+            # weight.
             inside = self.coordinates.in_domain(y, s)
             inside = inside & torch.isfinite(y).all(dim=1) & torch.isfinite(s).all(dim=1)
         y_in, s_in = y[inside], s[inside]
         good = torch.ones(len(y_in), dtype=torch.bool, device=y.device)
         for part in (y_in, s_in):
             if part.requires_grad:
-                # `good` is filled in below, before anything runs backwards. Masking the sum of all paths is the
-                # one place that stops a NaN of any of them (0 * inf) from reaching the caller's gradient.
+                # `good` is filled in below, before anything runs backwards. Masking the sum of all paths is
+                # the one place that stops a NaN of any of them (0 * inf) from reaching the caller's gradient.
                 part.register_hook(lambda grad, good=good: torch.where(good[:, None], grad, 0.0))
         x = self.coordinates.to_positions(y_in, s_in)
         density = self.coordinates.log_volume(y_in, s_in).to(torch.float64) - reduced_energy(

@@ -1,8 +1,8 @@
 """Threads that each own one Context and evaluate frames with it.
 
-OpenMM releases Python's lock while it computes, so threads suffice. Each thread pins itself to a core *before*
-it creates its Context: on the CPU platform a Context hands its work to a thread of its own, which inherits the
-pin, and waking that thread on another core would cost more than a small molecule's forces.
+OpenMM releases Python's lock while it computes, so threads suffice. Each thread pins itself to a core
+*before* it creates its Context: on the CPU platform a Context hands its work to a thread of its own, which
+inherits the pin, and waking that thread on another core would cost more than a small molecule's forces.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
-import openmm
 from numpy.typing import NDArray
-from openmm import unit
+
+import torch  # noqa: F401  # isort: skip  (before openmm, or its torch plugin does not load)
+import openmm  # isort: skip
+from openmm import unit  # isort: skip
 
 from ..errors import EnergyError
 from .snapshot import Box, ContextState
@@ -62,7 +64,7 @@ class Clone:
         return context
 
     def apply(self, state: ContextState) -> None:
-        """Take over the box and those global parameters that this System defines; positions come with frames."""
+        """Take over the box and those global parameters that this System defines."""
         self._state = state
         if self._box != state.box:
             self.context.setPeriodicBoxVectors(*(openmm.Vec3(*vector) for vector in state.box))
@@ -119,8 +121,7 @@ class Clone:
         if len(groups) <= 1:
             return total, np.array([total])
         parts = [
-            self.context.getState(energy=True, groups={group}).getPotentialEnergy()._value
-            for group in sorted(groups)
+            self.context.getState(energy=True, groups={group}).getPotentialEnergy()._value for group in sorted(groups)
         ]
         return total, np.array(parts)
 
@@ -154,10 +155,8 @@ def _pin(core: int) -> None:
             logger.debug("A worker thread could not be pinned to core %d (%s).", core, error)
 
 
-def _serve(
-    tasks: SimpleQueue[Any], ready: SimpleQueue[Any], make: Callable[[], Clone], core: int | None
-) -> None:
-    """Body of a worker thread. Takes only what it needs: a reference to its pool would keep that alive for ever."""
+def _serve(tasks: SimpleQueue[Any], ready: SimpleQueue[Any], make: Callable[[], Clone], core: int | None) -> None:
+    """Body of a worker thread; it takes no reference to its pool, which could never be collected then."""
     if core is not None:
         _pin(core)
     try:
@@ -166,6 +165,7 @@ def _serve(
         ready.put(error)
         return
     ready.put(None)
+    outcome: tuple[Any, BaseException | None]
     while (task := tasks.get()) is not None:
         function, done = task
         try:
@@ -202,8 +202,8 @@ def _stop(shared: _Shared) -> None:
 class Workers:
     """`n` pinned daemon threads with one Context each.
 
-    Ends on `close`, when collected, and before the interpreter exits (`weakref.finalize` registers for that), so
-    that no thread is caught inside OpenMM by the shutdown.
+    Ends on `close`, when collected, and before the interpreter exits (`weakref.finalize` registers for that),
+    so that no thread is caught inside OpenMM by the shutdown.
 
     Raises
     ------
@@ -291,8 +291,8 @@ class Workers:
         Returns
         -------
         tuple
-            Energies [B] in kJ/mol and forces [B, N, 3] in kJ/mol/nm or None, as OpenMM gave them; +inf where it
-            raised (`failure` then holds its message).
+            Energies [B] in kJ/mol and forces [B, N, 3] in kJ/mol/nm or None, as OpenMM gave them; +inf where
+            it raised (`failure` then holds its message).
         """
         if positions.dtype != np.float64 or not positions.flags.c_contiguous:
             raise TypeError("positions must be a C-contiguous float64 array")

@@ -107,7 +107,7 @@ class GatedAttentionUnit(nn.Module):
         self.register_buffer("buckets", relative_buckets(queries, keys), persistent=False)
 
     def forward(self, x_q: Tensor, x_k: Tensor) -> Tensor:
-        """Tokens x_q [B or 1, Q, d] look at x_k [B, K, d]; returns [B, Q, d]. x_q with one row serves the batch."""
+        """Tokens x_q [B, Q, d] (or [1, Q, d] for the whole batch) look at x_k [B, K, d]; [B, Q, d]."""
         silu = nn.functional.silu
         asking = self.norm(x_q)
         seen = self.norm(x_k)
@@ -128,9 +128,9 @@ class GatedAttentionUnit(nn.Module):
 class AttentionConditioner(nn.Module):
     """Gated attention from the conditioning tokens to the transformed ones, and a head per transformed token.
 
-    A conditioning token carries its value, or (cos, sin) of an angle, and its position embedding. A transformed
-    token carries its position embedding alone, asks, and is never a key: neither attention nor the residual
-    can pass its value to its own parameters. The head's output layer starts at zero (identity at the start).
+    A conditioning token carries its value, or (cos, sin) of an angle, and its position embedding. A
+    transformed token carries its position embedding alone, asks, and is never a key: neither attention nor
+    the residual can pass its value to its own parameters. The heads start at zero (identity).
 
     Parameters
     ----------
@@ -181,11 +181,11 @@ class AttentionConditioner(nn.Module):
         self.mix = nn.Linear(d_model, d_model)
         self.heads = nn.ModuleList([nn.Linear(d_model, n_params) for n_params in group_params])
         for head in self.heads:
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
+            for parameter in head.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[C, B] conditioning features (linear first, then circular in rad) to [R, B], in the network's dtype."""
+        """[C, B] conditioning features (linear, then circular in rad) to [R, B], in the network's dtype."""
         x = x.to(self.position.dtype)
         batch = x.shape[1]
         angles = x[self.n_linear :]
@@ -199,7 +199,8 @@ class AttentionConditioner(nn.Module):
         h = nn.functional.silu(self.mix(self.last(asking, seen)))
         rows: list[Tensor] = []
         start = 0
-        for size, head in zip(self.group_sizes, self.heads):  # noqa: B905 (TorchScript knows no strict=)
+        for i, head in enumerate(self.heads):
+            size = self.group_sizes[i]
             rows.append(head(h[:, start : start + size]).permute(2, 1, 0).reshape(-1, batch))
             start += size
         return torch.cat(rows)

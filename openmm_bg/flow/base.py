@@ -13,9 +13,9 @@ from openmm_bg.flow.splines import wrap
 def sample_von_mises(concentration: Tensor, n: int) -> Tensor:
     """Independent draws from the von Mises densities exp(κ cos v) / (2π I0(κ)) on [-π, π), mean 0.
 
-    Rejection from a wrapped Cauchy density 1 / (r - cos v) (Best and Fisher 1979). A proposal is accepted with
-    probability c exp(1 - c), c = κ (r - cos v), which is exact for any r > 1: rounding of the optimal r costs
-    efficiency only. κ = 0 gives the uniform density.
+    Rejection from a wrapped Cauchy density 1 / (r - cos v) (Best and Fisher 1979). A proposal is accepted
+    with probability c exp(1 - c), c = κ (r - cos v), which is exact for any r > 1: rounding of the optimal r
+    costs efficiency only. κ = 0 gives the uniform density.
 
     Parameters
     ----------
@@ -33,12 +33,13 @@ def sample_von_mises(concentration: Tensor, n: int) -> Tensor:
     rho = (tau - torch.sqrt(2.0 * tau)) / (2.0 * kappa)
     # The general form of r cancels for small κ, where r = 1/κ + κ + O(κ³).
     r = torch.where(kappa < 1e-4, 1.0 / kappa + kappa, (1.0 + rho * rho) / (2.0 * rho.clamp(min=1e-12)))
-    shape = [n, concentration.shape[0]]
+    n_angles = concentration.shape[0]
+    shape = [n, n_angles]
     value = torch.zeros(shape, dtype=torch.float64, device=concentration.device)
     done = torch.zeros(shape, dtype=torch.bool, device=concentration.device)
     # A proposal fails with probability 0.34 at most (κ → ∞): 300 rounds all failing is a matter of 1e-140.
     for _ in range(300):
-        u = torch.rand([3] + shape, dtype=torch.float64, device=concentration.device)
+        u = torch.rand([3, n, n_angles], dtype=torch.float64, device=concentration.device)
         z = torch.cos(math.pi * u[0])
         cosine = ((1.0 + r * z) / (r + z)).clamp(-1.0, 1.0)
         c = kappa * (r - cosine)

@@ -45,19 +45,19 @@ class FlowConfig(BaseModel):
     split
         True: `SplitFlow`; False: `NSF`, all of whose layers are joint.
     n_backbone_blocks, n_joint_blocks
-        Coupling layers of either stack. One layer alone would leave half of its features alone, so a stack has
-        two or more, and the backbone stack may be empty.
+        Coupling layers of either stack. One layer transforms half of its features only, so a stack has two or
+        more; the backbone stack may be empty.
     conditioner
         Network that conditions a coupling layer.
     d_model, d_key, d_value, dropout, n_units
-        Attention: widths of tokens, of Q and K, and of V and U; dropout in training; attention units per block.
+        Attention: widths of tokens, of Q and K, of V and U; dropout in training; attention units per block.
     hidden, n_hidden
         MLP: width and number of residual layers.
     n_bins
         Bins K of every spline.
     linear
-        Map of the linear features: "spline", "affine", or "mixed", which is affine but for the two layers nearest
-        to the data on each channel's path. Circular features always pass splines.
+        Map of the linear features: "spline", "affine", or "mixed", which is affine but for the two layers
+        nearest to the data on each channel's path. Circular features always pass splines.
     bound
         Linear splines act on [-bound, bound], in standard deviations.
     phase_shift
@@ -85,7 +85,7 @@ class FlowConfig(BaseModel):
     @model_validator(mode="after")
     def _check_blocks(self) -> FlowConfig:
         if self.n_backbone_blocks == 1:
-            raise ValueError("n_backbone_blocks must be 0, or 2 or more: one block transforms half of its features.")
+            raise ValueError("n_backbone_blocks must be 0 or at least 2: one block bends half of the features.")
         if not self.split and self.n_backbone_blocks:
             raise ValueError("n_backbone_blocks must be 0 when split is false.")
         return self

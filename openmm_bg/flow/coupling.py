@@ -1,7 +1,7 @@
 """One coupling layer: half of the features sets the parameters of an invertible map of the other half.
 
-Dinh et al., "Density estimation using Real NVP" (2017), equations 7-8. Arrays are features first, [features, batch]
-(see `openmm_bg.flow.splines`).
+Dinh et al., "Density estimation using Real NVP" (2017), equations 7-8. Arrays are features first,
+[features, batch] (see `openmm_bg.flow.splines`).
 """
 
 import math
@@ -14,16 +14,16 @@ from openmm_bg.flow.config import FlowConfig
 from openmm_bg.flow.mlp import MLPConditioner
 from openmm_bg.flow.splines import RationalQuadraticSpline, wrap
 
-MAX_LOG_SCALE = 3.0
+MAX_LOG_SCALE = 2.0
 """Bound of the log-scale of an affine map: standardised features need less, and nothing overflows."""
 
 
 class CouplingLayer(nn.Module):
     """Bend the transformed features given the others, which pass unchanged.
 
-    Circular features: shift by φ, circular spline, shift back. A spline with tied ends alone would fix ±π; the
-    shift moves that point, and is the identity together with the spline whatever φ is. Linear features: spline on
-    an interval, or affine, y = x e^s + t with s bounded by a tanh.
+    Circular features: shift by φ, circular spline, shift back. A spline with tied ends alone would fix ±π;
+    the shift moves that point, and with the spline at its start it is the identity whatever φ is. Linear
+    features: spline on an interval, or affine, y = x e^s + t with s bounded by a tanh.
 
     `inverse` (data → base), which training by likelihood calls, uses the explicit direction of the spline.
 
@@ -132,7 +132,7 @@ class CouplingLayer(nn.Module):
         return torch.cat(parts).index_select(0, self.order), log_det
 
     def _split(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The affine features, the parameters of the spline [3K, F, B], and log-scale and offset of the affine map."""
+        """Affine features, parameters of the spline [3K, F, B], log-scale and offset of the affine map."""
         n = self.n_affine
         batch = z.shape[1]
         spline_params = rows[2 * n :].reshape(3 * self.n_bins, self.n_splined, batch)
@@ -160,7 +160,7 @@ class CouplingStack(nn.Module):
         """Base → data: [F, B] to [F, B] and the log-determinant [B]."""
         log_det = torch.zeros([z.shape[1]], dtype=z.dtype, device=z.device)
         for block in self.blocks[::-1]:
-            z, change = block(z)
+            z, change = block.forward(z)  # not block(z): scripted slices yield no callables
             log_det = log_det + change
         return z, log_det
 
@@ -168,7 +168,7 @@ class CouplingStack(nn.Module):
         """Data → base: [F, B] to [F, B] and the log-determinant [B] of this direction."""
         log_det = torch.zeros([y.shape[1]], dtype=y.dtype, device=y.device)
         for block in self.blocks:
-            y, change = block.inverse(y)
+            y, change = block.inverse(y)  # type: ignore[operator]
             log_det = log_det + change
         return y, log_det
 
@@ -176,23 +176,30 @@ class CouplingStack(nn.Module):
 def alternating_masks(n_features: int, n_blocks: int, generator: torch.Generator) -> list[list[bool]]:
     """Which features each of `n_blocks` successive layers transforms.
 
-    Layers come in pairs with complementary masks, so that every feature is transformed equally often. The first
-    pair alternates even and odd features, the second the first and second half, and the others are random halves:
-    two fixed patterns would leave features of equal parity in one half that never meet. A single feature is
-    transformed by every layer.
+    Layers come in pairs with complementary masks, so that every feature is transformed equally often. The
+    first pair alternates even and odd features, the second the first and second half. Each further pair splits
+    at random, and evenly, every group of features that no mask has told apart yet, so that after about log2(n)
+    pairs each feature has conditioned each other one; then a new round begins. A single feature is transformed
+    by every layer.
     """
     if n_features == 1:
         return [[True] for _ in range(n_blocks)]
     masks: list[list[bool]] = []
+    codes = [0] * n_features  # equal codes: always in the same half so far
     for pair in range((n_blocks + 1) // 2):
         if pair == 0:
             mask = [i % 2 == 0 for i in range(n_features)]
         elif pair == 1:
             mask = [i < n_features // 2 for i in range(n_features)]
         else:
-            rank = torch.randperm(n_features, generator=generator).tolist()
-            mask = [r < n_features // 2 for r in rank]
-        masks += [mask, [not m for m in mask]]
+            if len(set(codes)) == n_features:
+                codes = [0] * n_features
+            chance = torch.rand(n_features, generator=generator).tolist()
+            mask = [False] * n_features
+            for rank, i in enumerate(sorted(range(n_features), key=lambda i: (codes[i], chance[i]))):
+                mask[i] = rank % 2 == 0
+        codes = [2 * code + bit for code, bit in zip(codes, mask, strict=True)]
+        masks += [mask, [not bit for bit in mask]]
     return masks[:n_blocks]
 
 

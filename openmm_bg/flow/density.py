@@ -1,4 +1,4 @@
-"""The whole flow as a normalised density of the modelled coordinates y: what is trained, exported and sampled."""
+"""The whole flow as a normalised density of the modelled coordinates y: what is trained and exported."""
 
 import math
 
@@ -16,22 +16,22 @@ class FlowDensity(nn.Module):
 
     Linear coordinates: y = shift + scale ŷ. Circular ones, fold n and centre c: the inner flow maps
     v = wrap(n z) to v', and y = wrap((v' + c + 2πk) / n) with the branch k of z. The factors n of both sides
-    cancel in the log-determinant, and q(y) = q_v(n y - c) is normalised on the whole circle and n-fold periodic.
+    cancel in the log-determinant; q(y) = q_v(n y - c) is normalised on the circle and n-fold periodic.
 
-    The density is exact whatever the parameters (`docs/theory.md`, q_θ of formulas A-J), provided dropout is off:
-    call `eval()` before likelihoods, weights or moves. Scriptable by `torch.jit.script`.
+    The density is exact whatever the parameters (q_θ of formulas A-J of `docs/theory.md`), provided dropout
+    is off: call `eval()` before likelihoods, weights or moves. Scriptable by `torch.jit.script`.
 
     Parameters
     ----------
     layout
         The D coordinates.
     inner
-        Flow with `forward` and `inverse` on features-first arrays [D, B], the linear features first and circular
-        ones in [-π, π), both in the layout's order.
+        Flow with `forward` and `inverse` on features-first arrays [D, B]: first the linear features, then the
+        circular ones in [-π, π), both in the layout's order.
 
     Notes
     -----
-    The dtype of the argument is the dtype of the result. Networks run in the dtype of their weights (float32);
+    The dtype of the argument is the dtype of the result. Networks run in the dtype of their weights, float32;
     for float64 arguments the splines, the standardisation and the log-determinants are in float64.
     """
 
@@ -89,7 +89,7 @@ class FlowDensity(nn.Module):
         turns = fold * x.index_select(0, self.circular)
         v = wrap(turns)
         branch = torch.round((turns - v) / (2.0 * math.pi))
-        out, log_det = self.inner(torch.cat([x.index_select(0, self.linear), v]))
+        out, log_det = self.inner.forward(torch.cat([x.index_select(0, self.linear), v]))
         n = self.linear.shape[0]
         y_linear = self.shift.to(z.dtype) + self.scale.to(z.dtype) * out[:n]
         y_circular = wrap((out[n:] + self.centre.to(z.dtype) + 2.0 * math.pi * branch) / fold)
@@ -105,7 +105,7 @@ class FlowDensity(nn.Module):
         v = wrap(turns)
         branch = torch.round((turns - v) / (2.0 * math.pi))
         standardised = (x.index_select(0, self.linear) - self.shift.to(y.dtype)) / self.scale.to(y.dtype)
-        out, log_det = self.inner.inverse(torch.cat([standardised, v]))
+        out, log_det = self.inner.inverse(torch.cat([standardised, v]))  # type: ignore[operator]
         n = self.linear.shape[0]
         z_circular = wrap((out[n:] + 2.0 * math.pi * branch) / fold)
         z = torch.cat([out[:n], z_circular]).index_select(0, self.order)
@@ -129,7 +129,7 @@ class FlowDensity(nn.Module):
 
     @torch.jit.export
     def sample(self, n: int) -> tuple[Tensor, Tensor]:
-        """n independent draws y [n, D] and their log q [n], float64. Call under `torch.no_grad()` unless training."""
+        """n independent draws y [n, D] and their log q [n], float64."""
         z = self.base.sample(n)
         y, log_det = self.forward(z)
         return y, self.base(z) - log_det

@@ -62,7 +62,7 @@ class RationalQuadraticSpline(nn.Module):
         self.any_linear = not all(circular)
         # softplus(bias) + δ = 1, so that zero parameters give derivative 1.
         self.derivative_bias = math.log(math.expm1(1.0 - min_derivative))
-        # Knots on [-1, 1] are affine in the softmax p of the logits: knot_j = -1 + 2 (j m + (1 - K m) Σ_{i<j} p_i).
+        # Knots on [-1, 1] are affine in the softmax p: knot_j = -1 + 2 (j m + (1 - K m) Σ_{i<j} p_i).
         # As one matrix product this needs no cumulative sum, and the end knots are ±1 exactly.
         free = 1.0 - n_bins * min_bin
         weights = 2.0 * free * torch.ones(n_bins + 1, n_bins).tril(-1)
@@ -116,7 +116,7 @@ class RationalQuadraticSpline(nn.Module):
         width = right - left
         height = high - low
         slope = height / width
-        # The fraction ξ of the bin solves a ξ² + b ξ - c = 0 with a + b = slope, c >= 0 and one root in [0, 1].
+        # The fraction ξ of the bin solves a ξ² + b ξ - c = 0 with a + b = slope, c >= 0, one root in [0, 1].
         theta = (inside - low) / height
         curvature = theta * (d0 + d1 - 2.0 * slope)
         b = d0 - curvature
@@ -140,7 +140,14 @@ class RationalQuadraticSpline(nn.Module):
         return math.pi + (self.bound - math.pi) * self.linear.to(x.dtype)
 
     def _log_derivative(
-        self, slope: Tensor, d0: Tensor, d1: Tensor, xi: Tensor, rest: Tensor, product: Tensor, denominator: Tensor
+        self,
+        slope: Tensor,
+        d0: Tensor,
+        d1: Tensor,
+        xi: Tensor,
+        rest: Tensor,
+        product: Tensor,
+        denominator: Tensor,
     ) -> Tensor:
         """Σ_F log dy/dx, [B] (Durkan 2019, equation 5)."""
         ratio = slope / denominator
@@ -150,7 +157,7 @@ class RationalQuadraticSpline(nn.Module):
     def _bin(
         self, u: Tensor, params: Tensor, axis: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The bin of each u on [-1, 1]: left, right, low, high, and the derivatives at its two knots, each [F, B].
+        """The bin of each u on [-1, 1]: left, right, low, high and the derivatives at its knots, each [F, B].
 
         `axis` is 0 to search among the knots in x, 1 among those in y.
         """

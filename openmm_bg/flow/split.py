@@ -1,4 +1,4 @@
-"""The split flow: a deep stack on the backbone channel, a shallow one on backbone and side chains together."""
+"""The split flow: a deep stack on the backbone channel, a shallow one on both channels."""
 
 import torch
 from torch import Tensor, nn
@@ -7,21 +7,21 @@ from openmm_bg.flow.config import FlowConfig
 from openmm_bg.flow.coupling import build_stack
 
 N_SPLINE_BLOCKS = 2
-"""Layers nearest to the data that bend linear features by splines in the mixed transform: one pair of masks."""
+"""Layers nearest to the data that spline the linear features in the mixed transform: one pair of masks."""
 
 
 class SplitFlow(nn.Module):
     """Kim et al. (2024): z = [z_bb, z_sc] → x, each channel with its own depth.
 
-    A density is evaluated from the data to the base: the backbone features pass the backbone blocks, the result is
-    joined with the side-chain features, and all pass the joint blocks. A sample leaves through the inverse: joint
-    blocks first, then backbone blocks.
+    A density is evaluated from the data to the base: the backbone features pass the backbone blocks, the
+    result is joined with the side-chain features, and all pass the joint blocks. A sample leaves through the
+    inverse: joint blocks first, then backbone blocks.
 
-    The joint blocks couple both channels, so the marginal density of the backbone is **not** available in closed
-    form: there is no backbone-only likelihood, and integrating the side chains out needs Monte Carlo.
+    The joint blocks couple both channels, so the marginal density of the backbone is **not** available in
+    closed form: there is no backbone-only likelihood, and integrating the side chains out needs Monte Carlo.
 
-    A channel may be empty. Without side chains the backbone passes both stacks; without a backbone there are no
-    backbone blocks.
+    A channel may be empty. Without side chains the backbone passes both stacks; without a backbone there are
+    no backbone blocks.
 
     Parameters
     ----------

@@ -23,9 +23,9 @@ class ResampledBuffer:
 
     ``log w = log π(y, s) - log q(y)`` with the density that drew y (formula A of docs/theory.md when s is
     constant; otherwise s is drawn from the data and the weights lead to an average over s). A weight stays
-    right while the flow moves on, because it belongs to the proposal that drew the sample. Samples are drawn in
-    evaluation mode, without gradients. `Trainer` hands in the moving average of the weights if there is one:
-    that is the flow which is kept, so its effective sample size is the figure of progress.
+    right while the flow moves on, because it belongs to the proposal that drew the sample. Samples are drawn
+    in evaluation mode, without gradients. `Trainer` hands in the moving average of the weights if it has
+    one: that is the flow which is kept, so its effective sample size is the figure of progress.
 
     Parameters
     ----------
@@ -105,9 +105,7 @@ class ResampledBuffer:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors of every draw, and the plain figures."""
-        tensors = {
-            f"{k}.{name}": value for k, batch in enumerate(self._batches) for name, value in batch.items()
-        }
+        tensors = {f"{k}.{name}": value for k, batch in enumerate(self._batches) for name, value in batch.items()}
         ess = None if self.ess != self.ess else self.ess
         return {"tensors": tensors, "n": len(self._batches), "gradients": self.gradients, "ess": ess}
 

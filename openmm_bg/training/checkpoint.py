@@ -97,8 +97,8 @@ def save(directory: Path, step: int, tensors: dict[str, Tensor], meta: dict[str,
     except OSError as error:
         reason = error.strerror or str(error)
         raise CheckpointError(
-            f"Cannot write a checkpoint of step {step} to {directory} ({reason}); the previous one is intact: make "
-            "room and resume."
+            f"Cannot write a checkpoint of step {step} to {directory} ({reason}); the previous one is "
+            "intact: make room and resume."
         ) from error
     clean(directory)
 
@@ -147,7 +147,7 @@ def load(directory: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"Cannot read {directory / name}, which {path} names: {error.strerror}.") from None
     if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
         raise CheckpointError(
-            f"{directory / name} is damaged (size or digest differ), restore it from a copy or train anew elsewhere."
+            f"{directory / name} is damaged (size or digest differ), restore it from a copy or train anew."
         )
     try:
         tensors = load_tensors(data)

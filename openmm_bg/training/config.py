@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -213,7 +214,7 @@ class TrainingConfig(_Strict):
         return self
 
     @classmethod
-    def load(cls, source: str | Path | dict[str, Any] | TrainingConfig) -> TrainingConfig:
+    def load(cls, source: str | os.PathLike[str] | dict[str, Any] | TrainingConfig) -> TrainingConfig:
         """A configuration from a YAML file, a dict or an existing configuration.
 
         Raises
@@ -258,6 +259,8 @@ class TrainingConfig(_Strict):
         if name == "cpu":
             return cls(
                 flow=FlowConfig.preset("cpu"),
+                validation_frames=2048,
+                validate_every=100,
                 stages=[
                     Stage(
                         name="nll", losses=LossWeights(nll=1.0), epochs=8, seconds=90.0, learning_rate=2e-3,

@@ -41,8 +41,7 @@ class Dataset:
         y = torch.as_tensor(y)
         if y.ndim != 2 or y.shape[0] == 0 or y.shape[1] == 0:
             raise InputError(
-                f"The training data must be frames x coordinates with at least one of each, got shape "
-                f"{tuple(y.shape)}."
+                f"The training data must be frames x coordinates with at least one of each, got shape {tuple(y.shape)}."
             )
         n = y.shape[0]
         self.y = y.detach().double()
@@ -58,8 +57,8 @@ class Dataset:
                 continue
             if values.ndim != ndim or values.shape[0] != n:
                 raise InputError(
-                    f"The training data hold {n} frames but {name} has shape {tuple(values.shape)}, give one row "
-                    "per frame."
+                    f"The training data hold {n} frames but {name} has shape {tuple(values.shape)}, give one "
+                    "row per frame."
                 )
             if name == "log_weights":
                 bad = torch.isnan(values) | (values == torch.inf)
@@ -67,8 +66,8 @@ class Dataset:
                 bad = ~torch.isfinite(values).flatten(1).all(dim=1)
             if bool(bad.any()):
                 raise InputError(
-                    f"{int(bad.sum())} of {n} training frames have a value of {name} that is not finite, the first "
-                    f"is frame {int(bad.nonzero()[0])}; remove them."
+                    f"{int(bad.sum())} of {n} training frames have a value of {name} that is not finite, the "
+                    f"first is frame {int(bad.nonzero()[0])}; remove them."
                 )
         if self.log_weights is not None and bool(torch.isneginf(self.log_weights).all()):
             raise InputError("All training frames have weight zero, check log_weights.")
@@ -106,9 +105,12 @@ class Dataset:
         """The same frames on another device."""
         if torch.device(device) == self.y.device:
             return self
-        moved = [None if v is None else v.to(device) for v in (self.y, self.s, self.log_weights, self.positions)]
-        assert moved[0] is not None
-        return Dataset(moved[0], *moved[1:])
+        return Dataset(
+            self.y.to(device),
+            self.s.to(device),
+            None if self.log_weights is None else self.log_weights.to(device),
+            None if self.positions is None else self.positions.to(device),
+        )
 
     def split(
         self, validation_fraction: float = 0.1, n_blocks: int = 20, seed: int = 0
@@ -138,17 +140,13 @@ class Dataset:
         """Raise InputError unless there are `n` frames for `purpose`."""
         if len(self) < n:
             raise InputError(
-                f"The {purpose} needs {n} training frames and there are {len(self)}, give more frames or a smaller "
-                "batch."
+                f"The {purpose} needs {n} training frames and there are {len(self)}, give more frames or a "
+                "smaller batch."
             )
-
-    def draw(self, n: int, generator: torch.Generator) -> Tensor:
-        """[n] indices drawn with replacement, with the frames' weights as probabilities."""
-        return draw_indices(len(self), n, generator, self.log_weights)
 
     def fingerprint(self) -> str:
         """Digest of shapes, weights and up to 4096 frames: tells one data set from another on resuming."""
-        rows = torch.linspace(0, len(self) - 1, min(len(self), 4096), dtype=torch.float64).long()
+        rows = spread(len(self), 4096)
         digest = hashlib.sha256(repr((tuple(self.y.shape), tuple(self.s.shape))).encode())
         for values in (self.y, self.s, self.log_weights):
             if values is not None:
@@ -156,11 +154,20 @@ class Dataset:
         return digest.hexdigest()
 
 
-def draw_indices(n: int, size: int, generator: torch.Generator, log_weights: Tensor | None = None) -> Tensor:
+def spread(n: int, most: int) -> Tensor:
+    """At most `most` indices below n, evenly spaced."""
+    return torch.linspace(0, n - 1, min(n, most), dtype=torch.float64).round().long()
+
+
+def cumulative_weights(log_weights: Tensor | None) -> Tensor | None:
+    """[n] running sum of the normalised weights, float64 on the CPU; None for equal weights."""
+    return None if log_weights is None else torch.softmax(log_weights.double().cpu(), dim=0).cumsum(dim=0)
+
+
+def draw_indices(n: int, size: int, generator: torch.Generator, cumulative: Tensor | None = None) -> Tensor:
     """[size] indices below n, with replacement; by inversion, for torch.multinomial stops at 2^24 classes."""
-    if log_weights is None:
+    if cumulative is None:
         return torch.randint(n, (size,), generator=generator)
-    cumulative = torch.softmax(log_weights.cpu(), dim=0).cumsum(dim=0)
     uniform = torch.rand(size, generator=generator, dtype=torch.float64) * cumulative[-1]
     return torch.searchsorted(cumulative, uniform, right=True).clamp_(max=n - 1)
 
@@ -184,9 +191,7 @@ class MinibatchSampler:
     ) -> None:
         self.n = n
         self.batch_size = batch_size
-        self._cumulative: Tensor | None = None
-        if log_weights is not None and weighting == "resample":
-            self._cumulative = torch.softmax(log_weights.cpu(), dim=0).cumsum(dim=0)
+        self._cumulative = cumulative_weights(log_weights if weighting == "resample" else None)
         self._generator = torch.Generator().manual_seed(seed)
         self._shuffle()
 
@@ -200,8 +205,7 @@ class MinibatchSampler:
         """[size] indices, `batch_size` of them if no size is given."""
         size = self.batch_size if size is None else size
         if self._cumulative is not None:
-            uniform = torch.rand(size, generator=self._generator, dtype=torch.float64) * self._cumulative[-1]
-            return torch.searchsorted(self._cumulative, uniform, right=True).clamp_(max=self.n - 1)
+            return draw_indices(self.n, size, self._generator, self._cumulative)
         parts = []
         while size > 0:
             assert self._order is not None

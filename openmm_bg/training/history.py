@@ -69,8 +69,8 @@ class History:
                     raise
         except OSError as error:
             raise CheckpointError(
-                f"Cannot write the loss curve {self.path} ({error.strerror or error}); the previous checkpoint is "
-                "intact: make room and resume."
+                f"Cannot write the loss curve {self.path} ({error.strerror or error}); the previous "
+                "checkpoint is intact: make room and resume."
             ) from error
         self._size += len(data)
         self._written = len(self.rows)

@@ -13,7 +13,7 @@ from openmm_bg.errors import EnergyError, InputError
 from openmm_bg.training import losses
 from openmm_bg.training.buffer import ResampledBuffer
 from openmm_bg.training.config import Stage, TrainingConfig
-from openmm_bg.training.dataset import Dataset, MinibatchSampler, draw_indices
+from openmm_bg.training.dataset import Dataset, MinibatchSampler, cumulative_weights, draw_indices, spread
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +61,10 @@ class Objective:
         self.weights = data.weights
         atoms = [] if backbone_atoms is None else backbone_atoms
         self.backbone = torch.as_tensor(atoms, device=self.device).long()
-        self._log_weights_cpu = None if data.log_weights is None else data.log_weights.cpu()
+        self._cumulative = cumulative_weights(data.log_weights)
         self._s_is_constant = data.s_is_constant
         self.sampler = MinibatchSampler(
-            len(data), config.batch_size, log_weights=self._log_weights_cpu, weighting=config.weighting,
+            len(data), config.batch_size, log_weights=data.log_weights, weighting=config.weighting,
             seed=config.seed + 1,
         )  # fmt: skip
         self.generator = torch.Generator().manual_seed(config.seed + 2)
@@ -78,18 +78,18 @@ class Objective:
             if stage.needs_target and self.target is None:
                 names = [name for name in ("kl", "buffer", "path") if getattr(stage.losses, name) > 0]
                 raise InputError(
-                    f"Stage {stage.name!r} trains by energy (loss {' and '.join(names)}) and there is no target, "
-                    "give target=."
+                    f"Stage {stage.name!r} trains by energy (loss {' and '.join(names)}) and there is no "
+                    "target, give target=."
                 )
             if stage.losses.w2 > 0.0:
                 if self.coordinates is None:
                     raise InputError(
-                        f"Stage {stage.name!r} has the loss w2 and there are no coordinates to rebuild positions, "
-                        "give coordinates= or a target that has them."
+                        f"Stage {stage.name!r} has the loss w2 and there are no coordinates to rebuild "
+                        "positions, give coordinates= or a target that has them."
                     )
                 if backbone_atoms is None or len(backbone_atoms) < 2:
                     raise InputError(
-                        f"Stage {stage.name!r} has the loss w2, give backbone_atoms= (indices of N, CA and C)."
+                        f"Stage {stage.name!r} has the loss w2, give backbone_atoms= (those of N, CA and C)."
                     )
                 self.data.require(config.w2_data_batch, f"w2 loss of stage {stage.name!r}")
 
@@ -109,15 +109,13 @@ class Objective:
             )
         if self.reference is not None:
             return
-        rows = torch.linspace(0, len(self.data) - 1, min(_REFERENCE_FRAMES, len(self.data))).long().to(self.device)
-        energy = -losses.evaluate_target(
-            self.target, self.data.y[rows], self.data.s[rows], gradient=False
-        ).log_density
+        rows = spread(len(self.data), _REFERENCE_FRAMES).to(self.device)
+        energy = -losses.evaluate_target(self.target, self.data.y[rows], self.data.s[rows], gradient=False).log_density
         finite = torch.isfinite(energy)
         if int(finite.sum()) * 2 <= rows.numel():
             raise EnergyError(
-                f"{rows.numel() - int(finite.sum())} of {rows.numel()} training frames have no finite energy, check "
-                "that the System and the atom order are those of the trajectory."
+                f"{rows.numel() - int(finite.sum())} of {rows.numel()} training frames have no finite "
+                "energy, check that the System and the atom order are those of the trajectory."
             )
         self.reference = float(energy[finite].median())
 
@@ -133,7 +131,7 @@ class Objective:
         return self.data.s[self._draw(n)]
 
     def _draw(self, n: int) -> Tensor:
-        return draw_indices(len(self.data), n, self.generator, self._log_weights_cpu).to(self.device)
+        return draw_indices(len(self.data), n, self.generator, self._cumulative).to(self.device)
 
     def _batch(self, size: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Indices, frames and loss weights of a minibatch."""
@@ -242,7 +240,7 @@ class Objective:
         total = 0.0
         for _ in range(repeats):
             a, b = (
-                draw_indices(len(self.data), n, generator, self._log_weights_cpu).to(self.device)
+                draw_indices(len(self.data), n, generator, self._cumulative).to(self.device)
                 for n in (self.config.sample_batch, self.config.w2_data_batch)
             )
             total += float(losses.w2_distance(self._data_distances(a), self._data_distances(b)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import os
 import signal
 import threading
 import time
@@ -20,7 +21,7 @@ from tqdm.auto import tqdm
 from openmm_bg.errors import BGError, CheckpointError, InputError
 from openmm_bg.training import checkpoint
 from openmm_bg.training.config import LOSS_NAMES, Stage, TrainingConfig
-from openmm_bg.training.dataset import Dataset
+from openmm_bg.training.dataset import Dataset, spread
 from openmm_bg.training.history import History
 from openmm_bg.training.losses import evaluation_mode, weighted_mean
 from openmm_bg.training.objective import Objective
@@ -72,9 +73,9 @@ class Trainer:
 
     Notes
     -----
-    Every stage begins with a fresh optimiser, for its losses differ in scale from the stage before. The moving
+    Every stage begins with a fresh optimiser, for its losses differ in scale from those before. The moving
     average goes on over stages; it is what validation, the buffer and the finished flow use. All randomness
-    comes from the seed: a run that was killed and resumed has the loss curve of one that was not, bit for bit,
+    comes from the seed: a run that was killed and resumed has the loss curve of an unbroken one, bit for bit,
     on one machine, if its stages are not limited in seconds and its target is deterministic.
     """
 
@@ -82,28 +83,27 @@ class Trainer:
         self,
         density: nn.Module,
         dataset: Dataset,
-        config: TrainingConfig | dict[str, Any] | str | Path,
+        config: TrainingConfig | dict[str, Any] | str | os.PathLike[str],
         *,
         target: Any = None,
         coordinates: Any = None,
         backbone_atoms: Any = None,
-        directory: str | Path | None = None,
+        directory: str | os.PathLike[str] | None = None,
         progress: bool = True,
     ) -> None:
         self.config = TrainingConfig.load(config)
         self.density = density
         self.progress = progress
         self.directory = None if directory is None else Path(directory)
-        self._named = list(density.named_parameters())
-        if not self._named:
+        self._parameters: list[Tensor] = list(density.parameters())
+        if not self._parameters:
             raise InputError("The flow has no parameters to train.")
-        self._parameters = [p for _, p in self._named]
         self.device = self._parameters[0].device
-        layout = getattr(density, "layout", None)
-        if layout is not None and layout.n != dataset.n_modelled:
+        n_features = getattr(density, "n_features", dataset.n_modelled)
+        if n_features != dataset.n_modelled:
             raise InputError(
-                f"The flow models {layout.n} coordinates and the training data have {dataset.n_modelled}, use the "
-                "coordinates that the flow was built for."
+                f"The flow models {n_features} coordinates and the training data have {dataset.n_modelled}, "
+                "use the coordinates that the flow was built for."
             )
         self._fingerprint = dataset.fingerprint()
         train, validation = dataset.split(
@@ -111,19 +111,19 @@ class Trainer:
         )
         self._validation: tuple[Tensor, Tensor | None] | None = None
         if validation is not None:
-            rows = torch.linspace(0, len(validation) - 1, min(len(validation), self.config.validation_frames)).long()
-            validation = validation[rows]
+            validation = validation[spread(len(validation), self.config.validation_frames)]
             dtype = torch.float32 if self.config.precision == "float32" else torch.float64
             weights = validation.weights
             self._validation = (
                 validation.y.to(self.device, dtype), None if weights is None else weights.to(self.device)
             )  # fmt: skip
         self.ema = copy.deepcopy(density).eval() if self.config.ema_decay > 0.0 else None
-        self._ema_parameters: list[Tensor] = []
+        self._averaged: list[Tensor] = []
         if self.ema is not None:
-            self._ema_parameters = [p.requires_grad_(False) for p in self.ema.parameters()]
+            self._averaged = [p.requires_grad_(False) for p in self.ema.parameters()]
         self.objective = Objective(
-            density, density if self.ema is None else self.ema, train.to(self.device), self.config, target=target,
+            density, density if self.ema is None else self.ema, train.to(self.device), self.config,
+            target=target,
             coordinates=coordinates if coordinates is not None else getattr(target, "coordinates", None),
             backbone_atoms=backbone_atoms,
         )  # fmt: skip
@@ -191,8 +191,6 @@ class Trainer:
             except KeyboardInterrupt:
                 # Not between two steps (a second Ctrl-C, or one outside the main thread): nothing is saved.
                 raise self._interrupted() from None
-            if self._saved_step != self.step or self._stage_step:
-                self._save()
         self._finish()
         return self.history
 
@@ -227,11 +225,13 @@ class Trainer:
                 fraction = self._fraction(stage)
                 if self.progress:
                     self._show(bar, row, shown, stage, fraction)
-                if self._stop:
-                    raise self._interrupted(save=True)
-                if self._checkpoint_due() and fraction < 1.0:
+                if fraction < 1.0 and (self._stop or self._checkpoint_due()):
                     self._save()
+                    if self._stop:
+                        raise self._interrupted()
         self._end_stage(stage)
+        if self._stop and self._stage < len(self.config.stages):
+            raise self._interrupted()
 
     def _fraction(self, stage: Stage) -> float:
         """How much of the stage is done: the largest of its limits reached, 1 at the end."""
@@ -262,10 +262,12 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         terms, figures = self.objective.terms(stage, self._stage_step)
         weights = stage.losses.active()
-        loss = sum((weights[name] * term for name, term in terms.items()), start=torch.zeros((), device=self.device))
+        loss = torch.zeros((), device=self.device)
+        for name, term in terms.items():
+            loss = loss + weights[name] * term
         norm = torch.full((), float("nan"), device=self.device)
         if loss.requires_grad:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             limit = self.config.gradient_clip
             norm = nn.utils.clip_grad_norm_(self._parameters, math.inf if limit is None else limit, foreach=True)
         # One transfer for all figures: on a GPU each would wait for the queue.
@@ -280,8 +282,8 @@ class Trainer:
             self._bad_in_a_row += 1
             if self._bad_in_a_row >= self.config.max_bad_steps:
                 raise TrainingDiverged(
-                    f"Stage {stage.name!r} had no finite loss in {self._bad_in_a_row} steps in a row up to step "
-                    f"{self.step}, lower its learning rate or give the energies a lower energy_cut."
+                    f"Stage {stage.name!r} had no finite loss in {self._bad_in_a_row} steps in a row up to "
+                    f"step {self.step}, lower its learning rate or give the energies a lower energy_cut."
                 )
         self.step += 1
         self._stage_step += 1
@@ -297,7 +299,7 @@ class Trainer:
         # Early on a long memory would hold the starting weights.
         decay = min(self.config.ema_decay, (1.0 + self.step) / (10.0 + self.step))
         with torch.no_grad():
-            torch._foreach_lerp_(self._ema_parameters, self._parameters, 1.0 - decay)
+            torch._foreach_lerp_(self._averaged, self._parameters, 1.0 - decay)
             for average, current in zip(self.ema.buffers(), self.density.buffers(), strict=True):
                 average.copy_(current)
 
@@ -348,7 +350,8 @@ class Trainer:
             for name in stage.losses.active():
                 if name != "path":
                     shown.pop(name, None)  # the loss itself
-        bar.set_postfix({k.replace("validation_nll", "val"): f"{v:.4g}" for k, v in shown.items()}, refresh=False)
+        short = {name.replace("validation_nll", "val"): f"{value:.4g}" for name, value in shown.items()}
+        bar.set_postfix(short, refresh=False)
         bar.update(100.0 * min(fraction, 1.0) - bar.n)
 
     # --- interruption ---------------------------------------------------------------------------------------
@@ -373,16 +376,12 @@ class Trainer:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _interrupted(self, save: bool = False) -> TrainingInterrupted:
-        step = self.step
-        if save:
-            self._save()
+    def _interrupted(self) -> TrainingInterrupted:
         self._finish()
+        what = f"Training was interrupted at step {self.step}"
         if self.directory is None:
-            return TrainingInterrupted(f"Training was interrupted at step {step}; without a directory nothing is saved.")
-        return TrainingInterrupted(
-            f"Training was interrupted at step {step}; {self.directory} holds step {self._saved_step}, resume to go on."
-        )
+            return TrainingInterrupted(f"{what}; without a directory nothing is saved.")
+        return TrainingInterrupted(f"{what}; {self.directory} holds step {self._saved_step}, resume to go on.")
 
     # --- checkpoints ----------------------------------------------------------------------------------------
 
@@ -395,19 +394,19 @@ class Trainer:
     def _begin_directory(self) -> None:
         assert self.directory is not None
         if checkpoint.exists(self.directory):
-            raise InputError(
-                f"{self.directory} already holds a checkpoint, resume it or choose another directory."
-            )
+            raise InputError(f"{self.directory} already holds a checkpoint, resume it or choose another directory.")
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"Cannot create the directory {self.directory}: {error.strerror}.") from None
 
     def _save(self) -> None:
+        if self.directory is not None:
+            self._write_checkpoint(self.directory)
         self._saved_step = self.step
         self._saved_at = time.perf_counter()
-        if self.directory is None:
-            return
+
+    def _write_checkpoint(self, directory: Path) -> None:
         tensors, objective = self.objective.state()
         tensors["rng.torch"] = torch.get_rng_state()
         if self.device.type == "cuda":
@@ -432,7 +431,7 @@ class Trainer:
             "dataset": self._fingerprint,
             "config": self.config.model_dump(mode="json"),
         }
-        checkpoint.save(self.directory, self.step, tensors, meta)
+        checkpoint.save(directory, self.step, tensors, meta)
 
     def _restore(self) -> None:
         assert self.directory is not None
@@ -471,7 +470,7 @@ class Trainer:
     def _check_resumable(self, meta: dict[str, Any]) -> None:
         """Later stages may have been changed or added; the past must be the same."""
         if meta["dataset"] != self._fingerprint:
-            raise InputError(f"{self.directory} was trained on other data, resume it with the data it began with.")
+            raise InputError(f"{self.directory} was trained on other data, resume it with those it began with.")
         old, new = meta["config"], self.config.model_dump(mode="json")
         done = meta["stage"] + int(meta["in_stage"])
         changed = [key for key in new if key not in _FREE_KEYS | {"stages"} and old.get(key) != new[key]]
@@ -479,6 +478,6 @@ class Trainer:
             changed.append("stages")
         if changed:
             raise InputError(
-                f"{self.directory} was trained with another value of {', '.join(sorted(changed))}, resume it with the "
-                "configuration it began with."
+                f"{self.directory} was trained with another value of {', '.join(sorted(changed))}, "
+                "resume it with the configuration it began with."
             )

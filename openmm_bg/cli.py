@@ -1,0 +1,206 @@
+"""The command line: ``openmm-bg train | sample | demo``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from openmm_bg.errors import BGError, InputError
+
+
+def _friendly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Print a user's mistake as one sentence, without a traceback."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+        logging.getLogger("openmm_bg").setLevel(logging.INFO)
+        try:
+            return function(*args, **kwargs)
+        except BGError as error:
+            raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            raise click.ClickException("Interrupted.") from None
+
+    return run
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="openmm-bg")
+def main() -> None:
+    """Boltzmann generators for OpenMM: train a flow, sample with exact weights."""
+
+
+@main.command()
+@click.option("--system", "system_file", required=True, type=click.Path(path_type=Path), help="Serialised System, XML.")
+@click.option("--topology", "topology_file", required=True, type=click.Path(path_type=Path), help="PDB or PDBx/mmCIF.")
+@click.option(
+    "--trajectory",
+    "trajectory_files",
+    required=True,
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Frames in time order, any format MDTraj reads; may be repeated.",
+)
+@click.option("--temperature", required=True, type=float, help="Kelvin.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for the model.")
+@click.option("--log-weights", type=click.Path(path_type=Path), help=".npy file [frames] for biased frames.")
+@click.option("--representation", type=click.Choice(["full", "reduced"]), default="full", show_default=True)
+@click.option("--preset", type=click.Choice(["cpu", "paper"]), default="cpu", show_default=True)
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML configuration instead of a preset.")
+@click.option("--platform", help="OpenMM platform for energies; default: the fastest, by timing.")
+@click.option("--workers", type=int, help="Contexts that evaluate energies; default: by timing.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run in the same folder.")
+@_friendly
+def train(
+    system_file: Path,
+    topology_file: Path,
+    trajectory_files: tuple[Path, ...],
+    temperature: float,
+    output: Path,
+    log_weights: Path | None,
+    representation: Any,
+    preset: str,
+    config_file: Path | None,
+    platform: str | None,
+    workers: int | None,
+    resume: bool,
+) -> None:
+    """Train a flow for a single molecule.
+
+    Writes flow.bg, the loss curve and checkpoints; Ctrl-C is safe, --resume continues.
+
+    \b
+    Example:
+      openmm-bg train --system system.xml --topology top.pdb --trajectory traj.dcd --temperature 300 -o model/
+    """
+    system, topology = read_system(system_file), read_topology(topology_file)[0]
+    weights = None
+    if log_weights is not None:
+        import numpy as np
+
+        try:
+            weights = np.load(log_weights, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise InputError(f"Cannot read log-weights from {log_weights}: {error}.") from error
+    from openmm_bg.training.run import train as run
+
+    flow = run(
+        system,
+        topology,
+        [str(path) for path in trajectory_files],
+        temperature,
+        log_weights=weights,
+        representation=representation,
+        config=config_file if config_file is not None else preset,
+        directory=output,
+        resume=resume,
+        platform=platform,
+        n_workers=workers,
+    )
+    record = flow.metadata["training"]
+    click.echo(
+        f"{output / 'flow.bg'}: {flow.coordinates.n_modelled} coordinates, {record['steps']} steps, "
+        f"effective sample size {record['reverse_ess']:.1%}"
+    )
+
+
+@main.command()
+@click.argument("flow_file", type=click.Path(path_type=Path))
+@click.option("-n", "n_samples", type=int, default=10_000, show_default=True, help="Number of samples.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("out.dcd"), show_default=True)
+@click.option("--system", "system_file", type=click.Path(path_type=Path), help="Another System (XML) than the flow's.")
+@click.option("--temperature", type=float, help="Kelvin; default: the flow's.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--platform", help="OpenMM platform for energies; default: the fastest, by timing.")
+@click.option("--workers", type=int, help="Contexts that evaluate energies; default: by timing.")
+@_friendly
+def sample(
+    flow_file: Path,
+    n_samples: int,
+    output: Path,
+    system_file: Path | None,
+    temperature: float | None,
+    seed: int,
+    platform: str | None,
+    workers: int | None,
+) -> None:
+    """Draw samples with exact weights: a trajectory, and .npz with log_weights, reduced_potentials and log_q.
+
+    Samples of weight zero (no finite energy) are kept out of the trajectory and of the .npz, and counted.
+
+    \b
+    Example:
+      openmm-bg sample model/flow.bg -n 100000 -o out.dcd
+    """
+    from openmm_bg.commands import sample_to_files
+
+    click.echo(sample_to_files(flow_file, n_samples, output, system_file, temperature, seed, platform, workers))
+
+
+@main.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("demo-output"), show_default=True)
+@click.option("--quick", is_flag=True, help="Every step, none far enough for good figures: two minutes.")
+@_friendly
+def demo(output: Path, quick: bool) -> None:
+    """Alanine dipeptide in vacuum, from nothing to exact free energies, on two CPU cores in ten minutes.
+
+    \b
+    Example:
+      openmm-bg demo -o demo-output
+    """
+    from openmm_bg.demo import QUICK, DemoSettings, run_demo
+
+    result = run_demo(output, QUICK if quick else DemoSettings())
+    click.echo(result.summary())
+    click.echo(f"Page: {output / 'demo.html'}")
+
+
+# -------------------------------------------------------------------- reading what the user names
+
+
+def read_system(path: Path) -> Any:
+    """An ``openmm.System`` from XML.
+
+    Raises
+    ------
+    InputError
+        Missing file, or XML of something else.
+    """
+    import openmm
+
+    if not path.is_file():
+        raise InputError(f"There is no System file {path}.")
+    try:
+        system = openmm.XmlSerializer.deserialize(path.read_text())
+    except Exception as error:  # the parser raises OpenMMException and UnicodeDecodeError alike
+        raise InputError(f"{path} is not a System written by openmm.XmlSerializer.") from error
+    if not isinstance(system, openmm.System):
+        raise InputError(f"{path} holds a {type(system).__name__}, not a System.")
+    return system
+
+
+def read_topology(path: Path) -> tuple[Any, Any]:
+    """Topology and positions from a PDB or PDBx/mmCIF file.
+
+    Raises
+    ------
+    InputError
+        Missing or unreadable file.
+    """
+    from openmm import app
+
+    if not path.is_file():
+        raise InputError(f"There is no topology file {path}.")
+    reader = app.PDBxFile if path.suffix.lower() in (".cif", ".pdbx", ".mmcif") else app.PDBFile
+    try:
+        found = reader(str(path))
+    except Exception as error:  # these readers raise whatever they stumble over
+        raise InputError(f"{path} is not a readable {reader.__name__.removesuffix('File')} file.") from error
+    return found.topology, found.positions

@@ -1,0 +1,101 @@
+"""What ``openmm-bg sample`` does, apart from reading its options."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch  # noqa: F401  (before openmm: its torch plugin loads only then)
+
+import openmm  # isort: skip
+
+from openmm_bg.artifact import load
+from openmm_bg.errors import InputError
+from openmm_bg.sampler import BoltzmannGeneratorSampler
+
+
+def sample_to_files(
+    flow_file: Path,
+    n: int,
+    output: Path,
+    system_file: Path | None = None,
+    temperature: float | None = None,
+    seed: int = 0,
+    platform: str | None = None,
+    n_workers: int | None = None,
+) -> str:
+    """Sample a flow into a trajectory and an ``.npz`` beside it; both complete or not at all.
+
+    Parameters
+    ----------
+    flow_file, n, output, seed, platform, n_workers
+        Artifact, number of samples, trajectory file in a format MDTraj writes, random seed, energy platform.
+    system_file
+        XML of another System for the same molecule.
+    temperature
+        K; default: the flow's.
+
+    Returns
+    -------
+    str
+        One paragraph with the figures that matter.
+
+    Raises
+    ------
+    InputError
+        Anything the user named that cannot be used.
+    """
+    from openmm_bg.cli import read_system
+
+    if n < 1:
+        raise InputError(f"The number of samples must be at least 1, got {n}.")
+    if output.suffix.lower() not in (".dcd", ".xtc", ".h5", ".pdb", ".nc"):
+        raise InputError(f"{output} has no ending of a trajectory format: use .dcd, .xtc, .h5, .nc or .pdb.")
+    if not output.parent.is_dir():
+        raise InputError(f"There is no folder {output.parent}.")
+    flow = load(flow_file)
+    system = flow.system if system_file is None else read_system(system_file)
+    context = openmm.Context(
+        system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference")
+    )
+    # Any frame with the right lengths will do: the reference point of the flow's own coordinates.
+    centre = torch.tensor(flow.coordinates.layout.shift, dtype=torch.float64)
+    fold = torch.tensor(flow.coordinates.layout.fold, dtype=torch.float64)
+    if system.getNumParticles() != flow.coordinates.n_atoms:
+        raise InputError(
+            f"{system_file} has {system.getNumParticles()} particles, the flow's molecule {flow.coordinates.n_atoms}."
+        )
+    context.setPositions(flow.to_positions((centre / fold)[None])[0].numpy())
+    kelvin = flow.temperature if temperature is None else temperature
+    with BoltzmannGeneratorSampler(
+        flow, context, kelvin, seed=seed, platform=platform, n_workers=n_workers
+    ) as sampler:
+        ensemble = sampler.sample(n)
+    trajectory = ensemble.to_mdtraj()
+    keep = np.isfinite(ensemble.log_weights)
+    trajectory = trajectory[keep]
+    temporary = output.with_name(f".part-{output.name}")
+    arrays = output.with_suffix(".npz")
+    part = arrays.with_name(f".part-{arrays.name}")
+    try:
+        trajectory.save(str(temporary))
+        with open(part, "wb") as handle:
+            np.savez(
+                handle,
+                log_weights=ensemble.log_weights[keep],
+                reduced_potentials=ensemble.reduced_potentials[keep],
+                log_q=ensemble.log_q[keep],
+                n_samples=n,
+                n_nonfinite=ensemble.n_nonfinite,
+                temperature=kelvin,
+                label=ensemble.label,
+            )
+        os.replace(temporary, output)
+        os.replace(part, arrays)
+    except OSError as error:
+        raise InputError(f"Cannot write {output}: {error.strerror or error}.") from error
+    finally:
+        for path in (temporary, part):
+            path.unlink(missing_ok=True)
+    return f"{ensemble!r}\nWrote {keep.sum()} frames to {output} and their weights to {arrays}."

@@ -1,0 +1,464 @@
+"""`BoltzmannGeneratorSampler`: a flow paired with an OpenMM Context.
+
+Formulas A and B (weights), D and E (moves) of docs/theory.md meet here; the rules themselves are in `weights` and
+`moves`, the energies in `energy`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only then)
+from openmm import unit  # isort: skip
+
+from openmm_bg import moves
+from openmm_bg.artifact import Flow, load
+from openmm_bg.coordinates import CoordinateMap, place_like, read_constraints
+from openmm_bg.energy import ContextPool, Target, thermal_energy
+from openmm_bg.errors import EnergyError, InputError
+from openmm_bg.weights import Ensemble
+
+logger = logging.getLogger(__name__)
+
+#: Lengths of constrained bonds must agree between model and System within this, nm.
+LENGTH_TOLERANCE = 1e-6
+#: Frames handled at once: bounds the memory of the flow's intermediates, whatever n a user asks for.
+CHUNK = 4096
+
+
+class BoltzmannGeneratorSampler:
+    """Exact sampling of a Context's ensemble with a flow's proposals.
+
+    Parameters
+    ----------
+    flow
+        Path of an artifact, or a `Flow`.
+    context
+        ``openmm.Context`` with positions set. `sample` leaves it alone; `step` moves its positions.
+    temperature
+        Of the target, K or Quantity; None takes the integrator's. One other than the flow's is exact.
+    device
+        Torch device of the flow; None takes CUDA where torch has it. A device that cannot be used is replaced by
+        the CPU with a logged note.
+    n_proposals
+        Proposals a Metropolis step chooses from: 1 is formula D, more are formula E.
+    seed
+        Of proposals, choices and redrawn velocities.
+    platform, n_workers
+        Platform and number of the Contexts that evaluate energies; None chooses by timing.
+
+    Attributes
+    ----------
+    statistics
+        ``n_proposed``, ``n_accepted`` (Metropolis steps and those that moved), ``n_energies``,
+        ``longest_rejection_streak``.
+
+    Raises
+    ------
+    InputError
+        The System is not the flow's: particle count, bonds, constraints; a bad temperature or n_proposals.
+    ArtifactError
+        The flow cannot be read.
+    """
+
+    def __init__(
+        self,
+        flow: Flow | str | os.PathLike[str],
+        context: openmm.Context,
+        temperature: Any = None,
+        *,
+        device: str | torch.device | None = None,
+        n_proposals: int = 1,
+        seed: int | None = None,
+        platform: str | None = None,
+        n_workers: int | None = None,
+    ) -> None:
+        if n_proposals < 1:
+            raise InputError(f"n_proposals must be at least 1, got {n_proposals}.")
+        self.flow = flow if isinstance(flow, Flow) else load(flow)
+        self.context = context
+        self.temperature = _target_temperature(temperature, context)
+        self.n_proposals = int(n_proposals)
+        self.device = _usable_device(device)
+        self.flow.density.to(self.device)
+        self._system = context.getSystem()
+        self.coordinates, self._freed = _match(self.flow, self._system)
+        self._rng = np.random.default_rng(seed)
+        if abs(self.temperature - self.flow.temperature) > 1e-6:
+            logger.info(
+                "The target is at %g K, the flow was trained at %g K: results are exact, fewer samples count.",
+                self.temperature,
+                self.flow.temperature,
+            )
+        self.pool = ContextPool(context, platform=platform, n_workers=n_workers)
+        self.target = Target(self.coordinates, self.pool, self.temperature)
+        self._invariant: bool | None = None
+        self._info: moves.Info | None = None
+
+    # ---------------------------------------------------------------- housekeeping
+
+    def close(self) -> None:
+        """End the energy workers; also done when the sampler is collected."""
+        self.pool.close()
+
+    def __enter__(self) -> BoltzmannGeneratorSampler:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def statistics(self) -> dict[str, int]:
+        """Counts since construction; ``n_energies`` includes those of `sample` and `reverse_kl`."""
+        info = self._info
+        return {
+            "n_proposed": 0 if info is None else info.n_proposed,
+            "n_accepted": 0 if info is None else info.n_accepted,
+            "n_energies": self.pool.n_energies,
+            "longest_rejection_streak": 0 if info is None else info.longest_rejection_streak,
+        }
+
+    @property
+    def label(self) -> Literal["exact", "rigid"]:
+        """What weights of `sample` are exact for: the force field (A), or the manifold s = s0 (B)."""
+        rest = (c for c in self.coordinates.coordinates if not c.modelled)
+        return "exact" if all(c.constrained for c in rest) else "rigid"
+
+    def _draw(self, n: int) -> tuple[Tensor, Tensor]:
+        """n samples y and log q in float64 on the CPU, from this sampler's own random stream."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            torch.manual_seed(int(self._rng.integers(2**62)))
+            y, log_q = self.flow.density.sample(n)  # type: ignore[operator]
+        return y.to("cpu", torch.float64), log_q.to("cpu", torch.float64)
+
+    def _log_q(self, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.flow.log_prob(y.to(self.device, torch.float64)).to("cpu", torch.float64)
+
+    # ---------------------------------------------------------------- weights: formulas A and B
+
+    def sample(self, n: int) -> Ensemble:
+        """n independent samples of the flow with their importance weights (formula A; `reduced`: formula B).
+
+        Parameters
+        ----------
+        n
+            Number of samples, at least 1. Memory beyond the result itself does not grow with n.
+
+        Returns
+        -------
+        Ensemble
+            Weight zero where a sample lies outside the coordinates' domain or has no finite energy.
+
+        Raises
+        ------
+        InputError
+            n < 1; a barostat; lengths that the flow keeps fixed but the System does not; forces that depend on where
+            the molecule stands.
+        EnergyError
+            The Context no longer has the energies of its System.
+        """
+        if n < 1:
+            raise InputError(f"The number of samples must be at least 1, got {n}.")
+        self._refuse_sampling()
+        self.pool.sync()
+        self._require_invariance()
+        rigid = self.label == "rigid"
+        positions = np.empty((n, self.coordinates.n_atoms, 3))
+        reduced, log_q, log_weights = np.empty(n), np.empty(n), np.empty(n)
+        s = self.coordinates.reference_fixed
+        for start in range(0, n, CHUNK):
+            stop = min(n, start + CHUNK)
+            y, lq = self._draw(stop - start)
+            fixed = s.expand(len(y), -1)
+            log_density, x = self.target.log_density_and_positions(y, fixed)
+            u = self._reduced_potential(y, fixed, log_density)
+            if rigid:  # formula B has J alone: Φ belongs to the measure of all s, not to the manifold s = s0
+                log_density = log_density - self.coordinates.fixman_term(y, fixed)
+            weight = (log_density - lq).nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+            positions[start:stop] = x.numpy()
+            reduced[start:stop], log_q[start:stop] = u.numpy(), lq.numpy()
+            log_weights[start:stop] = weight.numpy()
+        return Ensemble(
+            positions=positions,
+            reduced_potentials=reduced,
+            log_q=log_q,
+            log_weights=log_weights,
+            n_nonfinite=int(np.isneginf(log_weights).sum()),
+            label=self.label,
+            topology=self.flow.topology,
+        )
+
+    def _reduced_potential(self, y: Tensor, s: Tensor, log_density: Tensor) -> Tensor:
+        """u [B] out of log π = -u + log J + Φ; +inf where π = 0."""
+        u = self.coordinates.log_volume(y, s) - log_density
+        return u.nan_to_num(nan=torch.inf, posinf=torch.inf)
+
+    def _refuse_sampling(self) -> None:
+        barostats = [f.getName() for f in self._system.getForces() if "Barostat" in f.getName()]
+        if barostats:
+            raise InputError(
+                f"The System has a {barostats[0]}: independent samples need a fixed volume, remove it or use step()."
+            )
+        if self._freed:
+            raise InputError(
+                f"The flow keeps {len(self._freed)} bond lengths fixed that this System does not constrain: "
+                "use step(), or a System with the flow's constraints."
+            )
+
+    def _require_invariance(self) -> None:
+        """Formula A integrates over rigid motion: the energy must not depend on where the molecule stands."""
+        if self._invariant is None:
+            x = _context_positions(self.context)
+            turned = x - x.mean(0)
+            rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
+            rotation *= np.sign(np.linalg.det(rotation))
+            moved = turned @ rotation.T + np.array([0.31, -0.17, 0.23])
+            energy, other, force = *self.pool.energies(np.stack((x, moved))), self.pool.energies_and_forces(x[None])[1]
+            # A rounding error of the positions, times the forces, is what single precision may change.
+            slack = 1e-4 * thermal_energy(self.temperature) + 1e-5 * abs(energy) + 1e-6 * np.abs(force).sum()
+            self._invariant = bool(abs(other - energy) <= slack)
+        if not self._invariant:
+            raise InputError(
+                "The System's energy depends on where the molecule stands (an external force or a box smaller than the "
+                "cutoff): sample() needs the molecule alone, use step()."
+            )
+
+    # ---------------------------------------------------------------- training signal
+
+    def reverse_kl(self, n: int) -> Tensor:
+        """Reverse Kullback-Leibler divergence to the target up to log Z, kT: mean of log q - log π over n samples.
+
+        ``.backward()`` fills the gradients of the flow's parameters, through OpenMM's forces. Samples without a finite
+        energy are left out of the mean and counted in ``pool.n_nonfinite``. Nothing is clipped: a steric clash
+        dominates the value, so that training uses `openmm_bg.training` with its energy regulariser.
+
+        Parameters
+        ----------
+        n
+            Number of samples; all of them are held in memory with their graph.
+
+        Returns
+        -------
+        Tensor
+            Scalar, float64.
+
+        Raises
+        ------
+        InputError
+            n < 1, or a System that `sample` refuses.
+        EnergyError
+            Not one of the n samples has a finite energy.
+        """
+        if n < 1:
+            raise InputError(f"The number of samples must be at least 1, got {n}.")
+        self._refuse_sampling()
+        self.pool.sync()
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(int(self._rng.integers(2**62)))
+            z = self.flow.density.sample_base(n).to(self.device)  # type: ignore[operator]
+        y, log_det = self.flow.forward(z)
+        base = self.flow.density.base_log_prob(z)  # type: ignore[operator]
+        log_density = self.target.log_density(y.cpu(), self.coordinates.reference_fixed.expand(n, -1))
+        finite = torch.isfinite(log_density)
+        if not finite.any():
+            raise EnergyError(f"None of {n} samples has a finite energy: the flow is untrained or for another molecule.")
+        log_q = (base - log_det).cpu()
+        return (log_q[finite] - log_density[finite]).mean()
+
+    # ---------------------------------------------------------------- moves: formulas D and E
+
+    def step(self, n: int = 1) -> dict[str, Any]:
+        """n exact Metropolis steps on the Context's own positions (formula D; n_proposals > 1: formula E).
+
+        What the flow does not model (s) stays as it is, and so do seed atom 0, the direction to seed atom 1 and the
+        half-plane of seed atom 2; alternate with MD, which moves them. After an accepted step the velocities are
+        redrawn; if nothing was accepted the Context is not touched at all.
+
+        Parameters
+        ----------
+        n
+            Number of steps, at least 1.
+
+        Returns
+        -------
+        dict
+            ``n_proposed``, ``n_accepted``, ``n_energies``, ``longest_rejection_streak`` and
+            ``acceptance_probability`` of this call, ``accepted`` (did the Context move), ``inside`` (False where the
+            current state has q = 0, so that the chain stays).
+
+        Raises
+        ------
+        InputError
+            n < 1, NaN positions.
+        EnergyError
+            The Context no longer has the energies of its System.
+        """
+        if n < 1:
+            raise InputError(f"The number of steps must be at least 1, got {n}.")
+        before = self.pool.n_energies
+        self.pool.sync()
+        current = torch.from_numpy(_context_positions(self.context))
+        y0, s = self.coordinates.to_internal(current[None])
+        inside = bool(self.coordinates.in_domain(y0, s)[0])
+        log_w = float("inf")  # q = 0: no proposal reaches this state, so detailed balance keeps the chain there
+        if inside:
+            log_w = float(self._log_density_at(y0, s, current[None])[0] - self._log_q(y0)[0])
+            inside = log_w != float("inf")
+        chosen: Tensor | None = None
+        info: moves.Info | None = None
+        per_chunk = max(1, CHUNK // self.n_proposals)
+        for start in range(0, n, per_chunk):
+            count = min(per_chunk, n - start)
+            y, log_q = self._draw(count * self.n_proposals)
+            fixed = s.expand(len(y), -1)
+            x = self._place(y, fixed, current)
+            weights = (self._log_density_at(y, fixed, x) - log_q).numpy()
+            weights = np.where(np.isfinite(weights), weights, -np.inf)
+            if self.n_proposals == 1:
+                index, part = moves.independence_chain(log_w, weights, self._rng)
+            else:
+                index, part = moves.multiple_proposal_chain(log_w, weights.reshape(count, -1), self._rng)
+            info = part if info is None else info + part
+            last = int(index[-1])
+            if last >= 0:
+                chosen, log_w = x[last], float(weights[last])
+        assert info is not None
+        if chosen is not None:
+            self.context.setPositions(chosen.numpy())
+            self._redraw_velocities()
+        self._info = info if self._info is None else self._info + info
+        return {
+            "n_proposed": info.n_proposed,
+            "n_accepted": info.n_accepted,
+            "n_energies": self.pool.n_energies - before,
+            "longest_rejection_streak": info.longest_rejection_streak,
+            "acceptance_probability": info.acceptance_probability,
+            "accepted": chosen is not None,
+            "inside": inside,
+        }
+
+    def _place(self, y: Tensor, s: Tensor, current: Tensor) -> Tensor:
+        """Positions of proposals, standing like the current frame; NaN outside the domain."""
+        inside = self.coordinates.in_domain(y, s)
+        x = torch.full((len(y), self.coordinates.n_atoms, 3), torch.nan, dtype=torch.float64)
+        if inside.any():
+            seed = self.coordinates.zmatrix.seed
+            x[inside] = place_like(self.coordinates.to_positions(y[inside], s[inside]), current, seed)
+        return x
+
+    def _log_density_at(self, y: Tensor, s: Tensor, x: Tensor) -> Tensor:
+        """log π [B] with energies at the very positions x that the Context has or would get; -inf for NaN rows."""
+        energies = torch.from_numpy(self.pool.energies(x))
+        volume = self.coordinates.log_volume(y, s)
+        log_density = volume - energies / thermal_energy(self.temperature)
+        return torch.where(torch.isfinite(x).all(-1).all(-1) & torch.isfinite(log_density), log_density, -torch.inf)
+
+    def _redraw_velocities(self) -> None:
+        self.context.setVelocitiesToTemperature(self.temperature, int(self._rng.integers(1, 2**31 - 1)))
+        if any(isinstance(force, openmm.CMMotionRemover) for force in self._system.getForces()):
+            velocities = self.context.getState(velocities=True).getVelocities(asNumpy=True)._value
+            masses = np.array([self._system.getParticleMass(i)._value for i in range(len(velocities))])
+            drift = (masses[:, None] * velocities).sum(0) / masses.sum()
+            self.context.setVelocities(velocities - drift)
+
+
+# -------------------------------------------------------------------- the sampler's input, checked
+
+
+def _target_temperature(temperature: Any, context: openmm.Context) -> float:
+    if temperature is None:
+        integrator = context.getIntegrator()
+        if not hasattr(integrator, "getTemperature"):
+            raise InputError(
+                f"A {type(integrator).__name__} has no temperature: pass temperature= to the sampler."
+            )
+        temperature = integrator.getTemperature()
+    thermal_energy(temperature)  # refuses what is not a positive temperature
+    return float(temperature.value_in_unit(unit.kelvin) if unit.is_quantity(temperature) else temperature)
+
+
+def _usable_device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        wanted = torch.device(device)
+        torch.zeros(1, device=wanted)
+        return wanted
+    except (RuntimeError, AssertionError) as error:
+        logger.warning("The device %s cannot be used (%s): the flow runs on the CPU.", device, _first_line(error))
+        return torch.device("cpu")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _context_positions(context: openmm.Context) -> np.ndarray:
+    """Positions [N, 3] in nm, float64 and contiguous."""
+    try:
+        x = context.getState(positions=True).getPositions(asNumpy=True)._value
+    except openmm.OpenMMException as error:
+        raise InputError(f"The Context has no positions yet ({_first_line(error)}): call setPositions first.") from error
+    if not np.isfinite(x).all():
+        raise InputError("The Context's positions contain NaN or infinite values: set them before sampling.")
+    return np.ascontiguousarray(x, dtype=np.float64)
+
+
+def _match(flow: Flow, system: openmm.System) -> tuple[CoordinateMap, set[tuple[int, int]]]:
+    """The flow's coordinates with this System's constraints and masses, and the lengths that it leaves free."""
+    constraints = read_constraints(system, flow.topology)
+    ours = flow.coordinates.constraints
+    trained = {(min(p), max(p)): d for p, d in zip(ours.bonds, ours.lengths, strict=True)}
+    found = {(min(p), max(p)): d for p, d in zip(constraints.bonds, constraints.lengths, strict=True)}
+    extra = sorted(found.keys() - trained.keys())
+    if extra:
+        raise InputError(
+            f"The System constrains {len(extra)} bonds that the flow models (first: atoms {extra[0]}): "
+            "use the constraints it was trained with."
+        )
+    for pair, length in found.items():
+        if abs(length - trained[pair]) > LENGTH_TOLERANCE:
+            raise InputError(
+                f"The System constrains bond {pair} to {length:.6f} nm, the flow to {trained[pair]:.6f} nm: "
+                "another force field's lengths need another flow."
+            )
+    _match_bonds(flow, system, found.keys())
+    return flow.coordinates.with_constraints(constraints), trained.keys() - found.keys()
+
+
+def _match_bonds(flow: Flow, system: openmm.System, constrained: Any) -> None:
+    """A System whose bonded terms skip one of the flow's bonds has another molecule, or another atom order."""
+    bonded = set(constrained)
+    seen = False
+    for force in system.getForces():
+        if isinstance(force, openmm.HarmonicBondForce):
+            seen = True
+            for k in range(force.getNumBonds()):
+                i, j = force.getBondParameters(k)[:2]
+                bonded.add((min(i, j), max(i, j)))
+    if not seen:
+        return
+    missing = [tuple(b) for b in _iterate_bonds(flow) if tuple(b) not in bonded]
+    if missing:
+        raise InputError(
+            f"The System has no bond between atoms {missing[0]}, the flow's molecule has: "
+            "it is another molecule or another atom order."
+        )
+
+
+def _iterate_bonds(flow: Flow) -> Iterator[tuple[int, int]]:
+    for a, b in flow.topology.bonds():
+        yield (min(a.index, b.index), max(a.index, b.index))

@@ -1,0 +1,293 @@
+"""`train`: from a System, a Topology and a trajectory to a `Flow`, with everything checked before the long work."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import platform as machine
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only then)
+from openmm import unit  # isort: skip
+
+from openmm_bg.artifact import Flow, compress_text, topology_to_dict
+from openmm_bg.coordinates import CoordinateMap, MoleculeGraph, read_constraints
+from openmm_bg.energy import ContextPool, Target, thermal_energy
+from openmm_bg.errors import InputError
+from openmm_bg.flow import build_flow
+from openmm_bg.training.config import TrainingConfig
+from openmm_bg.training.dataset import Dataset
+from openmm_bg.training.trainer import Trainer
+from openmm_bg.weights import effective_sample_size
+
+logger = logging.getLogger(__name__)
+
+#: No covalent bond of a molecule in MD is longer, nm: a longer one means another atom order.
+LONGEST_BOND = 0.32
+#: Flow samples whose weights go into the training record.
+RECORD_SAMPLES = 10_000
+
+
+def train(
+    system: openmm.System,
+    topology: Any,
+    trajectory: Any,
+    temperature: Any,
+    *,
+    log_weights: Any = None,
+    representation: Literal["full", "reduced"] = "full",
+    config: TrainingConfig | dict[str, Any] | str | Path = "cpu",
+    directory: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    platform: str | None = None,
+    n_workers: int | None = None,
+    progress: bool = True,
+) -> Flow:
+    """Train a flow on a little MD and on the force field itself.
+
+    Parameters
+    ----------
+    system
+        ``openmm.System`` of the single molecule, with the constraints of the MD to come.
+    topology
+        Its ``openmm.app.Topology``, with bonds.
+    trajectory
+        Frames in time order: an array [n, N, 3] in nm, an ``mdtraj.Trajectory``, or the path (or paths) of a file that
+        MDTraj reads.
+    temperature
+        K or Quantity: of the target, and of the frames unless ``log_weights`` say otherwise.
+    log_weights
+        [n], up to a constant, for frames of a biased or tempered run; minus infinity leaves a frame out.
+    representation
+        "full" models every unconstrained coordinate, "reduced" the torsions and backbone angles alone.
+    config
+        Preset ("cpu", "paper"), YAML file, dict or `TrainingConfig`.
+    directory
+        For checkpoints, the loss curve and ``flow.bg``; None keeps everything in memory.
+    resume
+        Continue from the checkpoint in ``directory``.
+    platform, n_workers
+        Of the Contexts that evaluate energies; None chooses by timing.
+    progress
+        Show progress bars.
+
+    Returns
+    -------
+    Flow
+        In eval mode, with the moving average of the weights.
+
+    Raises
+    ------
+    InputError
+        Anything about System, Topology, trajectory or configuration that cannot work, before any training.
+    TrainingInterrupted
+        Ctrl-C; run again with ``resume=True``.
+    """
+    if isinstance(config, str) and config in ("cpu", "paper"):
+        config = TrainingConfig.preset(config)  # type: ignore[arg-type]
+    config = TrainingConfig.load(config)
+    kelvin = float(temperature.value_in_unit(unit.kelvin) if unit.is_quantity(temperature) else temperature)
+    thermal_energy(kelvin)
+    constraints = read_constraints(system, topology)
+    graph = MoleculeGraph(topology)
+    positions = load_frames(trajectory, topology)
+    _check_bonds(positions, graph)
+    log_w = None if log_weights is None else np.asarray(log_weights, dtype=np.float64)
+    if log_w is not None and log_w.shape != (len(positions),):
+        raise InputError(f"log_weights has shape {log_w.shape}, but the trajectory has {len(positions)} frames.")
+    coordinates = CoordinateMap.fit(topology, positions, constraints, representation)
+    dataset = make_dataset(coordinates, positions, log_w, keep_positions=any(s.losses.w2 for s in config.stages))
+    context = openmm.Context(system, openmm.VerletIntegrator(0.001), *_platform(platform))
+    context.setPositions(positions[0].astype(np.float64))
+    density = build_flow(coordinates.layout, config.flow, seed=config.seed)
+    with ContextPool(context, platform=platform, n_workers=n_workers) as pool:
+        target = Target(coordinates, pool, kelvin)
+        trainer = Trainer(
+            density,
+            dataset,
+            config,
+            target=target,
+            backbone_atoms=_backbone_chain(graph),
+            directory=directory,
+            progress=progress,
+        )
+        trainer.run(resume=resume)
+        record = _training_record(trainer, density, target, coordinates, len(positions))
+    metadata = {
+        "temperature": kelvin,
+        "topology": topology_to_dict(topology),
+        "system": compress_text(openmm.XmlSerializer.serialize(system)),
+        "versions": _versions(),
+        "training": record,
+    }
+    flow = Flow(density, coordinates, metadata)
+    if directory is not None:
+        flow.save(Path(directory) / "flow.bg")
+    return flow
+
+
+def load_frames(trajectory: Any, topology: Any) -> np.ndarray:
+    """Frames [n, N, 3] in nm, float32 or float64, checked against the topology's atoms.
+
+    Raises
+    ------
+    InputError
+        Unreadable file, another number of atoms, or another order of elements where the file names them.
+    """
+    n_atoms = topology.getNumAtoms()
+    if hasattr(trajectory, "value_in_unit"):
+        trajectory = trajectory.value_in_unit(unit.nanometer)
+    if isinstance(trajectory, (str, os.PathLike)) or (
+        isinstance(trajectory, (list, tuple)) and trajectory and isinstance(trajectory[0], (str, os.PathLike))
+    ):
+        import mdtraj
+
+        paths = [trajectory] if isinstance(trajectory, (str, os.PathLike)) else list(trajectory)
+        top = mdtraj.Topology.from_openmm(topology)
+        frames = []
+        for path in map(Path, paths):
+            if not path.is_file():
+                raise InputError(f"There is no trajectory at {path}.")
+            named = path.suffix.lower() in (".pdb", ".h5", ".hdf5", ".gro", ".mol2")
+            try:
+                loaded = mdtraj.load(str(path)) if named else mdtraj.load(str(path), top=top)
+            except Exception as error:  # MDTraj raises whatever its format reader does
+                raise InputError(f"MDTraj cannot read {path} with this topology: {_first_line(error)}.") from error
+            _check_atoms(loaded.topology, topology, path.name)
+            frames.append(loaded.xyz)
+        return np.concatenate(frames)
+    if hasattr(trajectory, "xyz") and hasattr(trajectory, "topology"):
+        _check_atoms(trajectory.topology, topology, "the trajectory")
+        return np.asarray(trajectory.xyz)
+    positions = np.asarray(trajectory)
+    if positions.ndim != 3 or positions.shape[1:] != (n_atoms, 3):
+        raise InputError(f"The trajectory must be [frames, {n_atoms}, 3] in nm, got {list(positions.shape)}.")
+    return positions.astype(np.float64) if positions.dtype not in (np.float32, np.float64) else positions
+
+
+def make_dataset(
+    coordinates: CoordinateMap, positions: np.ndarray, log_weights: np.ndarray | None, keep_positions: bool = False
+) -> Dataset:
+    """Frames inside the modelled sectors as (y, s), with their weights.
+
+    Parameters
+    ----------
+    coordinates
+        The map.
+    positions
+        [n, N, 3] nm.
+    log_weights
+        [n] or None.
+    keep_positions
+        Keep the Cartesian frames too, for the W2 loss.
+    """
+    ys, ss, kept = [], [], []
+    for start in range(0, len(positions), 8192):
+        x = torch.as_tensor(positions[start : start + 8192], dtype=torch.float64)
+        y, s = coordinates.to_internal(x)
+        inside = coordinates.in_domain(y, s)
+        ys.append(y[inside])
+        ss.append(s[inside])
+        kept.append(inside)
+    keep = torch.cat(kept)
+    if log_weights is not None:
+        keep_weights = torch.as_tensor(log_weights)[keep]
+    s = torch.cat(ss)
+    if all(c.constrained for c in coordinates.coordinates if not c.modelled):
+        # Constrained lengths differ between frames only by the solver's tolerance: one exact value for all.
+        s = coordinates.reference_fixed.expand(len(s), -1).contiguous()
+    return Dataset(
+        torch.cat(ys),
+        s,
+        None if log_weights is None else keep_weights,
+        torch.as_tensor(positions)[keep] if keep_positions else None,
+    )
+
+
+def _check_atoms(found: Any, topology: Any, name: str) -> None:
+    theirs = [(a.name, "" if a.element is None else a.element.symbol) for a in found.atoms]
+    ours = [(a.name, "" if a.element is None else a.element.symbol) for a in topology.atoms()]
+    if len(theirs) != len(ours):
+        raise InputError(f"{name} has {len(theirs)} atoms, the topology has {len(ours)}.")
+    for i, (a, b) in enumerate(zip(theirs, ours, strict=True)):
+        if a[1] != b[1]:
+            raise InputError(
+                f"Atom {i} is {a[0]} in {name} and {b[0]} in the topology: the atom orders differ, convert one of them."
+            )
+
+
+def _check_bonds(positions: np.ndarray, graph: MoleculeGraph) -> None:
+    """A bond longer than any covalent one means that the frames have another atom order (or broken molecules)."""
+    if len(positions) == 0:
+        raise InputError("The trajectory has no frames.")
+    frame = np.asarray(positions[0], dtype=np.float64)
+    if not np.isfinite(frame).all():
+        raise InputError("Frame 0 of the trajectory has non-finite positions.")
+    for a in range(graph.n_atoms):
+        for b in graph.neighbours[a]:
+            length = float(np.linalg.norm(frame[a] - frame[b]))
+            if length > LONGEST_BOND:
+                raise InputError(
+                    f"In frame 0 of the trajectory the bond {graph.label(a)} to {graph.label(b)} is {length:.2f} nm long: "
+                    "another atom order, wrong units, or a molecule split by the periodic box."
+                )
+
+
+def _backbone_chain(graph: MoleculeGraph) -> list[int]:
+    """Atoms whose distances the W2 loss compares: N, CA and C in the order of the chain."""
+    return [atom for atom, flag in enumerate(graph.backbone()) if flag]
+
+
+def _platform(name: str | None) -> tuple[openmm.Platform, ...]:
+    if name is None:
+        # Only a holder of positions and parameters; the pool times every platform for the real work.
+        name = "Reference"
+    names = [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())]
+    if name not in names:
+        raise InputError(f"There is no OpenMM platform {name!r} here: choose one of {', '.join(names)}.")
+    return (openmm.Platform.getPlatformByName(name),)
+
+
+def _training_record(
+    trainer: Trainer, density: torch.nn.Module, target: Target, coordinates: CoordinateMap, n_frames: int
+) -> dict[str, Any]:
+    """What the artifact remembers of its making."""
+    log_w = []
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(trainer.config.seed + 1)
+        for _ in range(0, RECORD_SAMPLES, 2000):
+            y, log_q = density.sample(2000)  # type: ignore[operator]
+            value = target.log_density(y, coordinates.reference_fixed.expand(len(y), -1)) - log_q
+            log_w.append(value.nan_to_num(nan=-torch.inf, posinf=-torch.inf))
+    ess = effective_sample_size(torch.cat(log_w).numpy())
+    logger.info("Effective sample size of %d samples: %.1f %%.", RECORD_SAMPLES, 100 * ess)
+    last = trainer.history[-1] if trainer.history else {}
+    return {
+        "config": trainer.config.model_dump(mode="json"),
+        "frames": n_frames,
+        "steps": trainer.step,
+        "n_energies": target.pool.n_energies,
+        "reverse_ess": ess,
+        "last": {k: v for k, v in last.items() if isinstance(v, (int, float, str)) and v == v},
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {
+        "openmm_bg": version("openmm-bg"),
+        "openmm": openmm.version.version,
+        "torch": torch.__version__,
+        "python": machine.python_version(),
+    }
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__

@@ -1,0 +1,169 @@
+"""`sync` follows the user's Context, or refuses."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch  # noqa: F401  (before openmm)
+
+import openmm  # isort: skip
+
+from openmm_bg.energy import ContextPool
+from openmm_bg.energy.snapshot import energy_tolerance, read_state
+from openmm_bg.errors import EnergyError, InputError
+
+PLATFORMS = [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())]
+
+
+def at(*lengths: float) -> np.ndarray:
+    frames = np.zeros((len(lengths), 2, 3))
+    frames[:, 1, 0] = lengths
+    return frames
+
+
+@pytest.fixture(params=PLATFORMS)
+def setup(request, make_context, pair):
+    """Context, pool and force of two particles with E = scale·k (r - 0.1)²/2."""
+    system, force, x = pair
+    context = make_context(request.param, system, x)
+    with ContextPool(context, platform=request.param, n_workers=2) as pool:
+        yield context, pool, force
+
+
+def energy(pool: ContextPool) -> float:
+    """E(0.2 nm) = scale·k/200, the same from both clones."""
+    values = pool.energies(at(*[0.2] * 32))
+    assert np.ptp(values) == 0.0
+    return pytest.approx(values[0], rel=1e-5)
+
+
+def test_global_parameters(setup):
+    context, pool, _ = setup
+    assert energy(pool) == 5.0
+    context.setParameter("scale", 3.0)
+    assert energy(pool) == 5.0  # not before sync
+    pool.sync()
+    assert energy(pool) == 15.0
+
+
+def test_box_vectors(make_context):
+    system = openmm.System()
+    system.setDefaultPeriodicBoxVectors((3, 0, 0), (0, 3, 0), (0, 0, 3))
+    force = openmm.CustomBondForce("100*r")
+    force.setUsesPeriodicBoundaryConditions(True)
+    force.addBond(0, 1, [])
+    for _ in range(2):
+        system.addParticle(1.0)
+    system.addForce(force)
+    context = make_context("Reference", system, at(1.0)[0])
+    with ContextPool(context, platform="Reference", n_workers=2) as pool:
+        assert pool.energies(at(1.9))[0] == pytest.approx(110.0)
+        context.setPeriodicBoxVectors((2, 0, 0), (0, 3, 0), (0, 0, 3))
+        pool.sync()
+        assert pool.energies(at(1.9))[0] == pytest.approx(10.0)
+
+
+def test_force_parameters_that_were_pushed(setup):
+    context, pool, force = setup
+    old = pool._workers
+    pool.sync()
+    assert pool._workers is old  # nothing changed, nothing made
+    force.setBondParameters(0, 0, 1, [2000.0])
+    force.updateParametersInContext(context)
+    pool.sync()
+    assert energy(pool) == 10.0
+    new = pool._workers
+    assert new is not old
+    pool.sync()
+    assert pool._workers is new
+
+
+def test_pushed_parameters_that_do_not_show_at_the_present_positions(setup):
+    context, pool, force = setup
+    context.setPositions(at(0.1)[0])  # energy and forces vanish whatever k is
+    force.setBondParameters(0, 0, 1, [2000.0])
+    force.updateParametersInContext(context)
+    pool.sync()
+    assert energy(pool) == 10.0
+
+
+def test_a_reinitialised_context(setup):
+    context, pool, force = setup
+    force.setBondParameters(0, 0, 1, [4000.0])
+    force.addGlobalParameter("other", 1.0)
+    force.setEnergyFunction("0.5*scale*other*k*(r-0.1)^2")
+    context.reinitialize(preserveState=True)
+    context.setParameter("other", 0.5)
+    pool.sync()
+    assert energy(pool) == 10.0
+
+
+def test_a_change_that_was_not_pushed_leaves_the_contexts_energy(setup, caplog):
+    context, pool, force = setup
+    force.setBondParameters(0, 0, 1, [2000.0])
+    with caplog.at_level(logging.WARNING, logger="openmm_bg"):
+        pool.sync()
+        pool.sync()
+    assert len([r for r in caplog.records if "without telling" in r.getMessage()]) == 1
+    assert energy(pool) == 5.0
+    force.updateParametersInContext(context)
+    pool.sync()
+    assert energy(pool) == 10.0
+
+
+def test_an_inconsistent_context_is_refused(setup):
+    context, pool, force = setup
+    force.setBondParameters(0, 0, 1, [2000.0])
+    with pytest.raises(EnergyError, match=r"updateParametersInContext"):
+        ContextPool(context, platform=pool.platform, n_workers=1)
+    with pytest.raises(EnergyError, match=r"updateParametersInContext"):
+        ContextPool(context)
+    # The Context has parameters that no System has any more.
+    force.updateParametersInContext(context)
+    force.setBondParameters(0, 0, 1, [3000.0])
+    with pytest.raises(EnergyError, match=r"differs from the Context by 1\.25"):
+        pool.sync()
+
+
+def test_particles_added(setup):
+    context, pool, _ = setup
+    context.getSystem().addParticle(1.0)
+    context.reinitialize()
+    context.setPositions(np.zeros((3, 3)) + np.arange(3)[:, None] * 0.1)
+    with pytest.raises(EnergyError, match="3 particles instead of 2"):
+        pool.sync()
+
+
+def test_positions_must_be_usable(setup):
+    context, pool, _ = setup
+    context.reinitialize()  # forgets positions
+    with pytest.raises(InputError, match="no positions"):
+        pool.sync()
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_sync_during_dynamics(make_context, frames, platform):
+    context = make_context(platform)
+    context.setVelocitiesToTemperature(300.0, 1)
+    with ContextPool(context, platform=platform, n_workers=1) as pool:
+        workers = pool._workers
+        for _ in range(10):
+            context.getIntegrator().step(50)
+            pool.sync()
+        assert pool._workers is workers
+
+
+@pytest.mark.parametrize("offset", [0.0, 20.0])
+def test_tolerance_covers_rounding_and_no_more(make_context, dipeptide, offset):
+    """Between Reference and CPU the dipeptide differs by far less than the tolerance, and that is below 0.1 kT."""
+    rng = np.random.default_rng(3)
+    for _ in range(5):
+        x = dipeptide[1] + offset + rng.normal(scale=0.003, size=dipeptide[1].shape)
+        ours, other = (read_state(make_context(p, positions=x)) for p in ("Reference", "CPU"))
+        groups = np.array([ours.energy])
+        tolerance = energy_tolerance(ours, groups, double=False, same_platform=False)
+        assert abs(ours.energy - other.energy) < 0.5 * tolerance
+        assert tolerance < 0.25 * (1 + offset)
+        assert energy_tolerance(ours, groups, double=True, same_platform=True) < 1e-6
