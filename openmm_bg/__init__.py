@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from openmm_bg import free_energy
     from openmm_bg.artifact import Flow, load
     from openmm_bg.data import load_alanine_dipeptide
+    from openmm_bg.ensemble import Ensemble
     from openmm_bg.sampler import BoltzmannGeneratorSampler
     from openmm_bg.training.config import TrainingConfig
     from openmm_bg.training.run import train
-    from openmm_bg.weights import Ensemble
 
 _PUBLIC = {
     "BoltzmannGeneratorSampler": "openmm_bg.sampler",
-    "Ensemble": "openmm_bg.weights",
+    "Ensemble": "openmm_bg.ensemble",
     "Flow": "openmm_bg.artifact",
     "TrainingConfig": "openmm_bg.training.config",
     "load": "openmm_bg.artifact",

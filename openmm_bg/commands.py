@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import numpy as np
-import torch  # noqa: F401  (before openmm: its torch plugin loads only then)
+import torch
 
 import openmm  # isort: skip
 

@@ -21,13 +21,14 @@ import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only the
 
 from openmm_bg.artifact import Flow
 from openmm_bg.energy import thermal_energy
+from openmm_bg.ensemble import Ensemble
 from openmm_bg.errors import InputError
 from openmm_bg.free_energy import chain_state_difference, state_difference
 from openmm_bg.sampler import BoltzmannGeneratorSampler
 from openmm_bg.simulate import TemperedTrajectory, TorsionBias, temperature_ladder, tempered_md, torsion_angle
 from openmm_bg.training.config import TrainingConfig
 from openmm_bg.training.run import train
-from openmm_bg.weights import Ensemble, effective_sample_size
+from openmm_bg.weights import effective_sample_size
 
 logger = logging.getLogger(__name__)
 

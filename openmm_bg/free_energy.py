@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from openmm_bg.ensemble import Ensemble
 from openmm_bg.errors import InputError
-from openmm_bg.weights import Ensemble, khat_threshold, log_mean_weight, pareto_khat
+from openmm_bg.weights import khat_threshold, log_mean_weight, pareto_khat
 
 __all__ = [
     "FreeEnergy",

@@ -23,8 +23,8 @@ from openmm_bg import moves
 from openmm_bg.artifact import Flow, load
 from openmm_bg.coordinates import CoordinateMap, place_like, read_constraints
 from openmm_bg.energy import ContextPool, Target, thermal_energy
+from openmm_bg.ensemble import Ensemble
 from openmm_bg.errors import EnergyError, InputError
-from openmm_bg.weights import Ensemble
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +174,6 @@ class BoltzmannGeneratorSampler:
         self._refuse_sampling()
         self.pool.sync()
         self._require_invariance()
-        rigid = self.label == "rigid"
         positions = np.empty((n, self.coordinates.n_atoms, 3))
         reduced, log_q, log_weights = np.empty(n), np.empty(n), np.empty(n)
         s = self.coordinates.reference_fixed
@@ -184,8 +183,6 @@ class BoltzmannGeneratorSampler:
             fixed = s.expand(len(y), -1)
             log_density, x = self.target.log_density_and_positions(y, fixed)
             u = self._reduced_potential(y, fixed, log_density)
-            if rigid:  # formula B has J alone: Φ belongs to the measure of all s, not to the manifold s = s0
-                log_density = log_density - self.coordinates.fixman_term(y, fixed)
             weight = (log_density - lq).nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
             positions[start:stop] = x.numpy()
             reduced[start:stop], log_q[start:stop] = u.numpy(), lq.numpy()
@@ -274,7 +271,7 @@ class BoltzmannGeneratorSampler:
         log_density = self.target.log_density(y.cpu(), self.coordinates.reference_fixed.expand(n, -1))
         finite = torch.isfinite(log_density)
         if not finite.any():
-            raise EnergyError(f"None of {n} samples has a finite energy: the flow is untrained or for another molecule.")
+            raise EnergyError(f"None of {n} samples has a finite energy: is it untrained, or of another molecule?")
         log_q = (base - log_det).cpu()
         return (log_q[finite] - log_density[finite]).mean()
 
@@ -411,7 +408,8 @@ def _context_positions(context: openmm.Context) -> np.ndarray:
     try:
         x = context.getState(positions=True).getPositions(asNumpy=True)._value
     except openmm.OpenMMException as error:
-        raise InputError(f"The Context has no positions yet ({_first_line(error)}): call setPositions first.") from error
+        reason = _first_line(error)
+        raise InputError(f"The Context has no positions yet ({reason}): call setPositions first.") from error
     if not np.isfinite(x).all():
         raise InputError("The Context's positions contain NaN or infinite values: set them before sampling.")
     return np.ascontiguousarray(x, dtype=np.float64)

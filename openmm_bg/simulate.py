@@ -19,11 +19,12 @@ import numpy as np
 import openmm
 from openmm import app, unit
 
+from openmm_bg.energy.reduced import BOLTZMANN
 from openmm_bg.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-GAS_CONSTANT = unit.MOLAR_GAS_CONSTANT_R.value_in_unit(unit.kilojoules_per_mole / unit.kelvin)
+
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class TorsionBias:
         """
         if not in_basin.any() or in_basin.all():
             raise InputError("The pilot run saw only one of the two basins: give it more time or more tempering.")
-        kt = GAS_CONSTANT * temperature
+        kt = BOLTZMANN * temperature
         shape = self.shape(torsion)
         low, high = -100.0 * kt, 100.0 * kt  # negative: a barrier where a well would overshoot
         for _ in range(60):  # the population grows monotonically with the depth, so bisection is safe
@@ -123,7 +124,7 @@ class _Ladder(app.ReplicaExchangeSampler):
         super().__init__(states, simulation, steps_per_iteration)
         self._rng = np.random.default_rng(seed)
         self._steps_per_frame = steps_per_frame
-        self._kt = [GAS_CONSTANT * s["temperature"].value_in_unit(unit.kelvin) for s in states]
+        self._kt = [BOLTZMANN * s["temperature"].value_in_unit(unit.kelvin) for s in states]
         self.frames: list[np.ndarray] = []
         self.record = False
 
@@ -263,7 +264,7 @@ def tempered_md(
     joined = np.concatenate(frames)
     log_weights = np.zeros(len(joined))
     if bias is not None:
-        kt = GAS_CONSTANT * temperatures[0]
+        kt = BOLTZMANN * temperatures[0]
         log_weights = bias.energy(torsion_angle(joined, bias.atoms)) / kt
     return TemperedTrajectory(
         positions=joined,

@@ -30,6 +30,12 @@ logger = logging.getLogger(__name__)
 
 Representation = Literal["full", "reduced"]
 
+#: Mean angle (rad) from which a warning is given: 1 / sin θ is 20 there.
+LINEAR_ANGLE = math.radians(177.0)
+#: rms deviation (nm) of constrained lengths in data from which a warning is given; stored frames round to 1e-3 nm,
+#: free bonds to hydrogen vibrate by 3e-3 nm.
+LENGTH_SPREAD = 2e-3
+
 
 def describe_coordinates(
     topology: Any, zmatrix: ZMatrix, constrained: set[tuple[int, int]], representation: Representation
@@ -122,7 +128,7 @@ class CoordinateMap(nn.Module):
         self.n_atoms = zmatrix.n_atoms
         self.internal = InternalCoordinates(zmatrix)
         rows = len(zmatrix.rows)
-        # Raw vector: r_1, r_2, θ_2, then r, θ, φ of the K rows; `_columns` says where each coordinate stands in it.
+        # Raw vector: r_1, r_2, θ_2, then r, θ, φ of the K rows; `columns` says where each coordinate stands in it.
         columns = []
         for c in coordinates:
             block = {"length": 0, "angle": 1}.get(c.kind, 2)
@@ -153,7 +159,7 @@ class CoordinateMap(nn.Module):
         bounds = [_bounds(coordinates[i], statistics.sector[i]) for i in modelled + fixed]
         buffer("_lower", [low for low, _ in bounds], torch.float64)
         buffer("_upper", [high for _, high in bounds], torch.float64)
-        self.set_constraints(constraints)
+        self._set_constraints(constraints)
 
     # ---------------------------------------------------------------- construction
 
@@ -204,7 +210,38 @@ class CoordinateMap(nn.Module):
                 statistics.n_outside,
                 statistics.n_frames,
             )
-        return cls(zmatrix, coordinates, statistics, constraints, representation)
+        fitted = cls(zmatrix, coordinates, statistics, constraints, representation)
+        fitted._warn_of_unusual(values)
+        return fitted
+
+    def _warn_of_unusual(self, values: Tensor) -> None:
+        """Say what is allowed and yet likely to disappoint, from data [n, 3N-6]."""
+        parent_of = self._parents()
+        known = {(min(p), max(p)): d for p, d in zip(self.constraints.bonds, self.constraints.lengths, strict=True)}
+        deviations: list[tuple[float, int, int]] = []
+        for j, c in enumerate(self.coordinates):
+            parent = parent_of[c.row]
+            if c.kind == "angle" and float(values[:, j].mean()) > LINEAR_ANGLE:
+                logger.warning(
+                    "The angle at atom %d, to atom %d, is nearly straight: the torsion about it is ill-defined, so the "
+                    "flow will be inefficient there.",
+                    parent,
+                    c.atom,
+                )
+            if c.constrained:
+                error = values[:, j] - known[min(c.atom, parent), max(c.atom, parent)]
+                deviations.append((float(error.square().mean().sqrt()), c.atom, parent))
+        if deviations and max(deviations)[0] > LENGTH_SPREAD:
+            logger.warning(
+                "The data's lengths deviate from the System's constraints by up to %.4f nm rms (bond %d-%d): the data "
+                "were made with another System.",
+                *max(deviations),
+            )
+
+    def _parents(self) -> dict[int, int]:
+        """Parent atom of each Z-matrix row, the seed's -1 and -2 included."""
+        first, middle, _ = self.zmatrix.seed
+        return {-1: first, -2: middle} | {r: row[1] for r, row in enumerate(self.zmatrix.rows)}
 
     def _raw_sorted(self, positions: Tensor) -> Tensor:
         """All coordinates [B, 3N-6] in the order of ``self.coordinates``."""
@@ -224,14 +261,12 @@ class CoordinateMap(nn.Module):
         """
         return CoordinateMap(self.zmatrix, self.coordinates, self.statistics, constraints, self.representation)
 
-    def set_constraints(self, constraints: Constraints) -> None:
+    def _set_constraints(self, constraints: Constraints) -> None:
         """Build Φ and the reference lengths for the constraints and masses given."""
         known = {(min(p), max(p)): d for p, d in zip(constraints.bonds, constraints.lengths, strict=True)}
         if len(constraints.masses) != self.n_atoms:
             raise InputError(f"The constraints have {len(constraints.masses)} masses for {self.n_atoms} atoms.")
-        first, middle, _ = self.zmatrix.seed
-        parent_of = {row: first if row == -1 else middle for row in (-1, -2)}
-        parent_of |= {r: row[1] for r, row in enumerate(self.zmatrix.rows)}
+        parent_of = self._parents()
         reference = []
         for c, typical in zip(self.coordinates, self.statistics.reference, strict=True):
             parent = parent_of[c.row]
@@ -294,11 +329,6 @@ class CoordinateMap(nn.Module):
         """log J + Φ [B]; Φ = 0 without constraints. Only meaningful inside the domain."""
         seed, r, theta, phi = self._raw(y, s)
         return log_jacobian(seed, r, theta) + self.fixman(theta, phi)
-
-    def fixman_term(self, y: Tensor, s: Tensor) -> Tensor:
-        """Φ [B] alone, 0 without constraints."""
-        _, _, theta, phi = self._raw(y, s)
-        return self.fixman(theta, phi)
 
     def positions_and_log_volume(self, y: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """Both of the above, sharing their work."""

@@ -106,8 +106,8 @@ def fit_statistics(coordinates: Sequence[Coordinate], values: np.ndarray) -> Sta
             inside &= np.abs(values[:, j] - sector[j]) < SECTOR
     if inside.sum() < 2:
         raise InputError(
-            f"Only {int(inside.sum())} of {len(values)} data frames have the chirality and amide isomers of the majority: "
-            "give frames of one stereoisomer."
+            f"Only {int(inside.sum())} of {len(values)} data frames have the chirality and amide isomers of the "
+            "majority: give frames of one stereoisomer."
         )
     values = values[inside]
     shift, scale, concentration, reference = [], [], [], []

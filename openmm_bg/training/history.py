@@ -84,14 +84,28 @@ class History:
             if self.path.stat().st_size < size:
                 raise OSError("it is shorter than the checkpoint recorded")
             os.truncate(self.path, size)
-            with open(self.path, newline="", encoding="utf-8") as file:
-                self.rows = [_parse(row) for row in csv.DictReader(file)]
-        except (OSError, ValueError, KeyError) as error:
+            self.rows = read_losses(self.path)
+        except (OSError, CheckpointError) as error:
             # A lost log is no reason to lose the training.
             logger.warning("The loss curve %s cannot be continued (%s); a new one begins.", self.path, error)
             self.rows, self._size, self._written = [], 0, 0
             return
         self._size, self._written = size, len(self.rows)
+
+
+def read_losses(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ``losses.csv``, typed as `History.rows` are.
+
+    Raises
+    ------
+    CheckpointError
+        The file is missing or not a loss curve.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return [_parse(row) for row in csv.DictReader(file)]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is not a readable loss curve ({error}).") from error
 
 
 def _parse(row: dict[str, str]) -> dict[str, Any]:

@@ -233,7 +233,7 @@ def _check_bonds(positions: np.ndarray, graph: MoleculeGraph) -> None:
             length = float(np.linalg.norm(frame[a] - frame[b]))
             if length > LONGEST_BOND:
                 raise InputError(
-                    f"In frame 0 of the trajectory the bond {graph.label(a)} to {graph.label(b)} is {length:.2f} nm long: "
+                    f"In frame 0 of the trajectory the bond {graph.label(a)} to {graph.label(b)} is {length:.2f} nm: "
                     "another atom order, wrong units, or a molecule split by the periodic box."
                 )
 

@@ -15,8 +15,8 @@ from openmm_bg.errors import EnergyError, InputError
 
 PLATFORMS = [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())]
 
-# Between Contexts of one platform: the sums run in the same order on the platforms that are tested here, others
-# may sum in another order in single precision.
+# Relative, between Contexts of one platform: double precision on Reference, single on CPU; others may also sum
+# in another order.
 TOLERANCE = {"Reference": 1e-12, "CPU": 1e-5}
 
 

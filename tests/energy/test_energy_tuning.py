@@ -108,7 +108,7 @@ def test_a_platform_that_disagrees_is_not_used(make_context, monkeypatch):
     with ContextPool(context, n_workers=1) as pool:
         assert pool.tuning is not None and pool.tuning.chosen.platform == "Reference"
         assert pool.platform == "CPU"
-    with pytest.raises(EnergyError, match="differs from the Context by 0.9999"):
+    with pytest.raises(EnergyError, match=r"differs from the Context by 0\.9999"):
         ContextPool(context, platform="Reference", n_workers=1)
 
 

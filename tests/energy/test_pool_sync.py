@@ -157,7 +157,7 @@ def test_sync_during_dynamics(make_context, frames, platform):
 
 @pytest.mark.parametrize("offset", [0.0, 20.0])
 def test_tolerance_covers_rounding_and_no_more(make_context, dipeptide, offset):
-    """Between Reference and CPU the dipeptide differs by far less than the tolerance, and that is below 0.1 kT."""
+    """Reference and CPU differ by less than half the tolerance, and near the origin that is below 0.1 kT."""
     rng = np.random.default_rng(3)
     for _ in range(5):
         x = dipeptide[1] + offset + rng.normal(scale=0.003, size=dipeptide[1].shape)

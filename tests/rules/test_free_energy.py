@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from openmm_bg import free_energy, weights
+from openmm_bg.ensemble import Ensemble
 from openmm_bg.errors import InputError
-from openmm_bg.weights import Ensemble
 
 INF = math.inf
 

@@ -6,9 +6,10 @@ import math
 import numpy as np
 import pytest
 
+from openmm_bg import ensemble as ensemble_module
 from openmm_bg import weights
+from openmm_bg.ensemble import Ensemble
 from openmm_bg.errors import InputError
-from openmm_bg.weights import Ensemble
 
 INF = math.inf
 
@@ -204,7 +205,7 @@ def test_ensemble_figures_and_averages(monkeypatch):
     text = repr(ensemble)
     for figure in ("exact", "n=300", "ESS=", "k-hat=", "largest share=", "non-finite=1"):
         assert figure in text
-    monkeypatch.setattr(weights, "_CHUNK_BYTES", 7 * 4 * 3 * 8)
+    monkeypatch.setattr(ensemble_module, "_CHUNK_BYTES", 7 * 4 * 3 * 8)
     sizes = []
 
     def first_atom(x):
@@ -227,13 +228,13 @@ def test_ensemble_figures_and_averages(monkeypatch):
 def test_ensemble_warns_once_when_error_bars_cannot_be_trusted(caplog):
     ensemble = make()
     ensemble.log_weights = 10 * ensemble.log_weights
-    with caplog.at_level(logging.WARNING, logger="openmm_bg.weights"):
+    with caplog.at_level(logging.WARNING, logger="openmm_bg.ensemble"):
         ensemble.expectation(lambda x: x[:, 0, 0])
         ensemble.expectation(lambda x: x[:, 0, 1])
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "cannot be trusted" in caplog.text and "k-hat" in caplog.text
     caplog.clear()
-    with caplog.at_level(logging.WARNING, logger="openmm_bg.weights"):
+    with caplog.at_level(logging.WARNING, logger="openmm_bg.ensemble"):
         make().expectation(lambda x: x[:, 0, 0])
     assert not caplog.records
 

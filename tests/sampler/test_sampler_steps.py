@@ -1,0 +1,185 @@
+"""`step`: what moves, what stays bit for bit, and that MD with moves samples what MD samples."""
+
+import numpy as np
+import pytest
+import torch  # noqa: F401  (before openmm)
+
+from openmm_bg.free_energy import statistical_inefficiency
+from openmm_bg.simulate import torsion_angle
+
+import openmm  # isort: skip
+
+PHI, PSI, OMEGA = (4, 6, 8, 14), (6, 8, 14, 16), (1, 4, 6, 8)
+
+
+def snapshot(context):
+    state = context.getState(positions=True, velocities=True)
+    return state.getPositions(asNumpy=True)._value.copy(), state.getVelocities(asNumpy=True)._value.copy()
+
+
+def bond_lengths(system, x):
+    pairs = np.array([system.getConstraintParameters(k)[:2] for k in range(system.getNumConstraints())])
+    return np.linalg.norm(x[pairs[:, 0]] - x[pairs[:, 1]], axis=-1)
+
+
+@pytest.mark.parametrize("n_proposals", [1, 8])
+def test_a_rejected_step_changes_nothing(make_context, make_sampler, monkeypatch, n_proposals):
+    context = make_context()
+    context.getIntegrator().step(10)
+    sampler = make_sampler(context, n_proposals=n_proposals)
+    genuine = sampler.pool.energies
+
+    def refuse(positions):
+        energies = genuine(positions)
+        if len(energies) > 1:  # the batch of proposals, not the current state
+            energies[:] = np.inf
+        return energies
+
+    monkeypatch.setattr(sampler.pool, "energies", refuse)
+    x, v = snapshot(context)
+    report = sampler.step(5)
+    after_x, after_v = snapshot(context)
+    assert report["n_accepted"] == 0 and not report["accepted"] and report["longest_rejection_streak"] == 5
+    assert np.array_equal(x, after_x) and np.array_equal(v, after_v)
+
+
+@pytest.mark.parametrize("n_proposals", [1, 8])
+def test_an_accepted_step_keeps_s_and_the_frame(dipeptide, make_context, make_sampler, n_proposals):
+    context = make_context()
+    context.getIntegrator().step(200)
+    sampler = make_sampler(context, n_proposals=n_proposals)
+    x, v = snapshot(context)
+    report = sampler.step(20)
+    moved, velocities = snapshot(context)
+    assert report["accepted"] and report["n_accepted"] > 0 and report["n_proposed"] == 20
+    assert report["n_energies"] == 20 * n_proposals + 1
+    assert not np.allclose(moved, x) and not np.allclose(velocities, v)
+    np.testing.assert_allclose(bond_lengths(dipeptide.system, moved), bond_lengths(dipeptide.system, x), atol=1e-10)
+    a, b, c = dipeptide.flow.coordinates.zmatrix.seed
+    np.testing.assert_allclose(moved[a], x[a], atol=1e-12)
+    unit_before, unit_after = (p[b] - p[a] for p in (x, moved))
+    np.testing.assert_allclose(
+        unit_after / np.linalg.norm(unit_after), unit_before / np.linalg.norm(unit_before), atol=1e-10
+    )
+    normal_before, normal_after = (np.cross(p[b] - p[a], p[c] - p[b]) for p in (x, moved))
+    np.testing.assert_allclose(
+        normal_after / np.linalg.norm(normal_after), normal_before / np.linalg.norm(normal_before), atol=1e-9
+    )
+    masses = np.array([dipeptide.system.getParticleMass(i)._value for i in range(22)])
+    np.testing.assert_allclose((masses[:, None] * velocities).sum(0), 0.0, atol=1e-9)  # CMMotionRemover
+    for k in range(12):  # projected on the constraints
+        i, j, _ = dipeptide.system.getConstraintParameters(k)
+        assert abs(np.dot(moved[i] - moved[j], velocities[i] - velocities[j])) < 1e-4
+
+
+def test_velocities_have_the_temperature(dipeptide, make_context, make_sampler):
+    context = make_context()
+    sampler = make_sampler(context)
+    kinetic = []
+    while len(kinetic) < 300:
+        if sampler.step(1)["accepted"]:
+            kinetic.append(context.getState(energy=True).getKineticEnergy()._value)
+    dof = 3 * 22 - 12 - 3
+    expected = 0.5 * dof * 8.31446261815324e-3 * 300.0
+    # Var of a χ² kinetic energy is (dof/2) kT², so the mean of n has this error; 5 of it is the tolerance.
+    error = np.sqrt(0.5 * dof) * 8.31446261815324e-3 * 300.0 / np.sqrt(len(kinetic))
+    assert abs(np.mean(kinetic) - expected) < 5 * error
+
+
+def test_statistics_add_up(make_sampler):
+    sampler = make_sampler()
+    reports = [sampler.step(7) for _ in range(5)]
+    statistics = sampler.statistics
+    assert statistics["n_proposed"] == 35
+    assert statistics["n_accepted"] == sum(r["n_accepted"] for r in reports) > 0
+    assert statistics["n_energies"] >= sum(r["n_energies"] for r in reports) == 5 * 8
+    assert statistics["longest_rejection_streak"] >= max(r["longest_rejection_streak"] for r in reports)
+
+
+def test_a_state_outside_the_support_stays(dipeptide, make_context, make_sampler):
+    """A cis amide has q = 0: no move may leave it, for none could come back."""
+    y, s = dipeptide.flow.to_internal(dipeptide.positions)
+    amide = next(
+        k for k, c in enumerate([c for c in dipeptide.flow.coordinates.coordinates if c.modelled]) if c.kind == "amide"
+    )
+    y[0, amide] += np.pi
+    cis = dipeptide.flow.coordinates.to_positions(y, s)[0].numpy()
+    assert abs(torsion_angle(cis[None], OMEGA)[0]) < 0.5 * np.pi
+    context = make_context(positions=cis)
+    sampler = make_sampler(context)
+    x, v = snapshot(context)
+    report = sampler.step(50)
+    assert not report["inside"] and report["n_accepted"] == 0
+    assert np.array_equal(x, snapshot(context)[0]) and np.array_equal(v, snapshot(context)[1])
+
+
+def test_nan_positions_are_refused_before_anything_moves(dipeptide, make_context, make_sampler):
+    context = make_context()
+    sampler = make_sampler(context)
+    x = np.array(dipeptide.positions)
+    x[5] = np.nan
+    context.setPositions(x)
+    with pytest.raises(ValueError, match=r"positions|energy"):
+        sampler.step(1)
+
+
+def run_chain(make_context, make_sampler, moves, rounds, seed, n_proposals=1):
+    integrator = openmm.LangevinMiddleIntegrator(300.0, 5.0, 0.001)
+    integrator.setRandomNumberSeed(seed)
+    context = make_context(integrator=integrator)
+    context.setVelocitiesToTemperature(300.0, seed)
+    sampler = make_sampler(context, seed=seed, n_proposals=n_proposals) if moves else None
+    frames, energy = [], []
+    integrator.step(2000)
+    for _ in range(rounds):
+        integrator.step(40)
+        if sampler is not None:
+            sampler.step(1)
+        state = context.getState(positions=True, energy=True)
+        frames.append(state.getPositions(asNumpy=True)._value)
+        energy.append(state.getPotentialEnergy()._value)
+    frames = np.array(frames)
+    return torsion_angle(frames, PHI), torsion_angle(frames, PSI), np.array(energy)
+
+
+def mean_and_error(series):
+    return series.mean(), series.std(ddof=1) * np.sqrt(statistical_inefficiency(series) / len(series))
+
+
+def compare(a, b):
+    """z-scores of conditional averages over the region φ < 0 that MD alone explores."""
+    scores = {}
+    for name, value in (("psi > 0", lambda phi, psi, u: psi > 0.0), ("energy", lambda phi, psi, u: u)):
+        found = []
+        for phi, psi, u in (a, b):
+            inside = phi < 0.0
+            found.append(mean_and_error(np.asarray(value(phi, psi, u), dtype=float)[inside]))
+        (m0, e0), (m1, e1) = found
+        scores[name] = (m1 - m0) / np.hypot(e0, e1)
+    return scores
+
+
+@pytest.mark.statistical
+@pytest.mark.slow
+@pytest.mark.parametrize("n_proposals", [1, 4])
+def test_md_and_md_with_moves_agree(make_context, make_sampler, n_proposals):
+    alone = run_chain(make_context, make_sampler, False, 6000, seed=21)
+    mixed = run_chain(make_context, make_sampler, True, 3000, seed=22, n_proposals=n_proposals)
+    scores = compare(alone, mixed)
+    print(scores)
+    assert all(abs(z) < 4.0 for z in scores.values()), scores
+
+
+@pytest.mark.statistical
+@pytest.mark.slow
+def test_a_move_without_the_volume_element_is_caught(make_context, make_sampler, monkeypatch):
+    """The same comparison with log J + Φ counted twice must fail: the test can see such an error."""
+    alone = run_chain(make_context, make_sampler, False, 6000, seed=21)
+    from openmm_bg.coordinates import CoordinateMap
+
+    genuine = CoordinateMap.log_volume
+    monkeypatch.setattr(CoordinateMap, "log_volume", lambda self, y, s: 2.0 * genuine(self, y, s))
+    broken = run_chain(make_context, make_sampler, True, 3000, seed=22)
+    scores = compare(alone, broken)
+    print(scores)
+    assert any(abs(z) > 5.0 for z in scores.values()), scores
