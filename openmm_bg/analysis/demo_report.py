@@ -25,6 +25,8 @@ __all__ = ["DemoResult", "FreeEnergyRow", "demo_page", "format_estimate", "forma
 
 #: Estimates further apart than this many standard errors are said to disagree.
 AGREEMENT = 2.0
+#: Share of the total weight above which a single sample is worth a warning.
+LARGEST_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -181,9 +183,9 @@ def _lead(result: DemoResult) -> list[str]:
     what = (
         "A normalizing flow learned the conformations of alanine dipeptide in vacuum at "
         f"{result.temperature:g}\u00a0K from a short run of tempered molecular dynamics and from the force field's own "
-        f"energies. It then drew {len(result.flow_phi):,} independent structures, and an importance weight for each turned "
-        "them into a sample of the exact Boltzmann distribution; mixed into ordinary MD as Metropolis moves, the "
-        "same flow carries a chain across the barrier in φ. Everything was made from nothing on this machine in "
+        f"energies. It then drew {len(result.flow_phi):,} independent structures, and an importance weight for each "
+        "turned them into a sample of the exact Boltzmann distribution; mixed into ordinary MD as Metropolis moves, "
+        "the same flow carries a chain across the barrier in φ. Everything was made from nothing on this machine in "
         f"{_duration(result.seconds)}."
     )
     row = next((row for row in result.rows if row.method == "weights"), None)
@@ -205,7 +207,7 @@ def _lead(result: DemoResult) -> list[str]:
 
 
 def _warnings(result: DemoResult) -> list[str]:
-    from openmm_bg.weights import khat_threshold, pareto_khat
+    from openmm_bg.weights import khat_threshold, max_weight, pareto_khat
 
     found = []
     if result.quick:
@@ -217,11 +219,18 @@ def _warnings(result: DemoResult) -> list[str]:
         found.append(
             f"“{first}” and “{second}” differ in ΔF by {sigmas:.1f} standard errors: trust neither before a longer run."
         )
-    khat = pareto_khat(result.flow_log_weights) if len(result.flow_log_weights) else math.inf
-    if not khat < khat_threshold(len(result.flow_log_weights)):
+    n = len(result.flow_log_weights)
+    if n == 0:
+        return [*found, "The flow drew no sample."]
+    khat, limit, largest = pareto_khat(result.flow_log_weights), khat_threshold(n), max_weight(result.flow_log_weights)
+    if not khat < limit:
         found.append(
-            f"Pareto k̂ of the weights is {khat:.2f}, not below {khat_threshold(len(result.flow_log_weights)):.2f}: a "
-            "few samples carry too much, and the errors from weights cannot be trusted."
+            f"Pareto k̂ of the weights is {khat:.2f}, not below {limit:.2f}: a few samples carry too much, and the errors "
+            "from weights cannot be trusted."
+        )
+    if largest > LARGEST_SHARE:  # a fit to the tail cannot see one weight that dwarfs all others
+        found.append(
+            f"One sample carries {100 * largest:.0f}\u00a0% of all weight: the errors from weights cannot be trusted."
         )
     return found
 
@@ -258,7 +267,10 @@ def _weights_section(result: DemoResult) -> Section:
         "plain target": result.flow_log_weights,
         "balanced target": result.flow_log_weights_balanced,
     }
-    rows = [(name, format_share(w), format_share(w, inside), format_share(w, ~inside)) for name, w in targets.items()]
+    rows = [
+        (name.removesuffix(" target"), format_share(w), format_share(w, inside), format_share(w, ~inside))
+        for name, w in targets.items()
+    ]
     return Section(
         "How good the samples are",
         [

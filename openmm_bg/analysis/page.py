@@ -76,13 +76,14 @@ p { margin: 0.6rem 0; max-width: 46rem; }
   border-radius: 0 6px 6px 0; }
 .key { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 0.8rem;
   margin: 1.4rem 0 0.6rem; padding: 0; }
-.key div { background: var(--card); border-radius: 8px; padding: 0.75rem 1rem; }
+.key div { background: var(--card); border-radius: 8px; padding: 0.75rem 0.9rem; }
 .key dt { font-size: 0.85rem; color: var(--soft); }
-.key dd { margin: 0.1rem 0 0; font-size: 1.3rem; font-weight: 650; font-variant-numeric: tabular-nums; }
+.key dd { margin: 0.1rem 0 0; font-size: 1.15rem; font-weight: 650; font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; margin: 0.9rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.95rem; }
 caption { text-align: left; color: var(--soft); padding-bottom: 0.4rem; font-size: 0.9rem; }
-th, td { padding: 0.4rem 1.1rem 0.4rem 0; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
+th, td { padding: 0.4rem 1.1rem 0.4rem 0; text-align: right; vertical-align: top;
+  border-bottom: 1px solid var(--line); }
 tbody td { white-space: nowrap; }
 .text-last tbody tr > :last-child { white-space: normal; overflow-wrap: anywhere; }
 thead th { color: var(--soft); font-weight: 600; border-bottom-width: 2px; white-space: nowrap; }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from openmm_bg.coordinates.zmatrix import ZMatrix
+from openmm_bg.errors import InputError
 
 
 def wrap(angle: Tensor) -> Tensor:
@@ -57,6 +58,11 @@ class InternalCoordinates(nn.Module):
     ----------
     zmatrix
         The Z-matrix of N atoms; K = N - 3 rows.
+
+    Raises
+    ------
+    InputError
+        A row's grandparent and great-grandparent are not those that its parent was placed from.
     """
 
     _rows: Tensor
@@ -66,6 +72,12 @@ class InternalCoordinates(nn.Module):
     def __init__(self, zmatrix: ZMatrix) -> None:
         super().__init__()
         self.zmatrix = zmatrix
+        first, middle, last = zmatrix.seed
+        above = {first: (middle, last), middle: (first, last), last: (middle, first)}
+        for atom, parent, grandparent, great in zmatrix.rows:
+            if above.get(parent) != (grandparent, great):  # frames are carried along bonds
+                raise InputError(f"The Z-matrix measures atom {atom} from an axis that is not its parent's own bond.")
+            above[atom] = (parent, grandparent)
         rows = torch.tensor(zmatrix.rows, dtype=torch.long).reshape(-1, 4)
         self.register_buffer("_rows", rows.T.reshape(-1), persistent=False)
         # Only atoms with children need a frame, level after level; all others are placed in one go at the end.
@@ -85,8 +97,8 @@ class InternalCoordinates(nn.Module):
             self.register_buffer(f"_inner{level}", torch.tensor(inner), persistent=False)
             self.register_buffer(f"_parents{level}", torch.tensor(parents), persistent=False)
             self._n_levels = level
-        above = torch.tensor([frame_of[row[1]] for row in zmatrix.rows], dtype=torch.long)
-        self.register_buffer("_above", above, persistent=False)
+        frames = torch.tensor([frame_of[row[1]] for row in zmatrix.rows], dtype=torch.long)
+        self.register_buffer("_above", frames, persistent=False)
         order = list(zmatrix.seed) + [row[0] for row in zmatrix.rows]
         self.register_buffer("_unsort", torch.argsort(torch.tensor(order)), persistent=False)
 

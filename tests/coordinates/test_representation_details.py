@@ -94,7 +94,7 @@ def test_offsets_near_pi_do_not_jump(molecule):
     """Planar groups: data on both sides of ±π stay one narrow hump, in y and in the standardisation."""
     mol = molecule("acetamide")
     m = mol.map("full")
-    y, s = m.to_internal(mol.x)
+    y, _ = m.to_internal(mol.x)
     planar = [j for j, c in enumerate(modelled(m)) if c.linear_angle and abs(abs(m.layout.shift[j]) - math.pi) < 0.3]
     assert len(planar) >= 2
     raw = wrapped(y[:, planar].numpy())
@@ -242,7 +242,6 @@ def test_layout_of_a_methyl_is_that_of_the_folded_angle(molecule):
     """shift is c of v = 3t' - c, so that v is concentrated about zero for a stiff rotor."""
     mol = molecule("toluene")
     m = mol.map("full")
-    y, _ = m.to_internal(mol.x)
     j = m.layout.fold.index(3)
     assert m.layout.circular[j] and m.layout.scale[j] == 1.0
     stiff = mol.x[:1].repeat(200, 1, 1)
@@ -297,10 +296,6 @@ def test_reduced_of_rings(molecule):
 def test_reference_closes_its_rings(molecule):
     """Reference values of a ring come from one frame: with two puckers the means would flatten it."""
     mol = molecule("cyclohexane")
-    frames = torch.cat((mol.x, -mol.x))  # a chair's mirror image is the other chair; labels of CH2 flip with it
-    for representation in ("full", "reduced"):
-        m = CoordinateMap.fit(mol.topology, mol.x, None, representation)
-        assert m.statistics.n_outside == 0
     m = mol.map("reduced")
     rebuilt = m.to_positions(m.reference_fixed.new_zeros(1, 0), m.reference_fixed)
     closing = [
@@ -318,7 +313,6 @@ def test_reference_closes_its_rings(molecule):
     found = np.array([both.reference[j] for j in dihedrals])
     distance = np.abs(wrapped(np.concatenate((values, mirrored))[:, dihedrals] - found)).max(1)
     assert distance.min() < 1e-12
-    assert len(frames) == 2 * len(mol.x)
 
 
 def test_reference_is_typical(molecule):
