@@ -53,7 +53,7 @@ def main() -> None:
 @click.option("--log-weights", type=click.Path(path_type=Path), help=".npy file [frames] for biased frames.")
 @click.option("--representation", type=click.Choice(["full", "reduced"]), default="full", show_default=True)
 @click.option("--preset", type=click.Choice(["cpu", "paper"]), default="cpu", show_default=True)
-@click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML configuration instead of a preset.")
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file instead of a preset.")
 @click.option("--platform", help="OpenMM platform for energies; default: the fastest, by timing.")
 @click.option("--workers", type=int, help="Contexts that evaluate energies; default: by timing.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run in the same folder.")

@@ -225,8 +225,8 @@ def _warnings(result: DemoResult) -> list[str]:
     khat, limit, largest = pareto_khat(result.flow_log_weights), khat_threshold(n), max_weight(result.flow_log_weights)
     if not khat < limit:
         found.append(
-            f"Pareto k̂ of the weights is {khat:.2f}, not below {limit:.2f}: a few samples carry too much, and the errors "
-            "from weights cannot be trusted."
+            f"Pareto k̂ of the weights is {khat:.2f}, not below {limit:.2f}: a few samples carry too much, and the "
+            "errors from weights cannot be trusted."
         )
     if largest > LARGEST_SHARE:  # a fit to the tail cannot see one weight that dwarfs all others
         found.append(

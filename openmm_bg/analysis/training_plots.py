@@ -86,7 +86,7 @@ def loss_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
                 shown.append(validation)
         _robust_limits(axes, shown)
         axes.set_ylabel(title)
-        axes.legend(loc="upper right")
+        axes.legend(loc="upper right", frameon=True, facecolor="white", edgecolor="none", framealpha=0.85)
     if np.isfinite(ess).any():
         at = np.isfinite(ess)  # only steps that evaluated energies of fresh samples have one
         panels[-1].plot(x[at], ess[at], ".", color=style.BLUE, markersize=3.0, alpha=0.35, rasterized=True)

@@ -39,13 +39,17 @@ def dihedral_angle(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
     return torch.atan2(sine, (first * last).sum(-1))
 
 
-def _step(r: Tensor, theta: Tensor, phi: Tensor) -> Tensor:
-    """[T(θ, φ) | r t_1] [..., 3, 4]: the child's frame and place in its parent's frame."""
+def _bond(theta: Tensor, phi: Tensor) -> Tensor:
+    """Direction of the child's bond [..., 3] in its parent's frame."""
+    st = theta.sin()
+    return torch.stack((-theta.cos(), st * phi.cos(), st * phi.sin()), dim=-1)
+
+
+def _step(theta: Tensor, phi: Tensor) -> Tensor:
+    """T(θ, φ) [..., 3, 3]: the child's frame in its parent's; the first column is its bond."""
     ct, st, cp, sp = theta.cos(), theta.sin(), phi.cos(), phi.sin()
-    zero = torch.zeros_like(ct)
-    x, y, z = -ct, st * cp, st * sp
-    rows = (x, -st, zero, r * x, y, x * cp, -sp, r * y, z, x * sp, cp, r * z)
-    return torch.stack(rows, dim=-1).unflatten(-1, (3, 4))
+    rows = (-ct, -st, torch.zeros_like(ct), st * cp, -ct * cp, -sp, st * sp, -ct * sp, cp)
+    return torch.stack(rows, dim=-1).unflatten(-1, (3, 3))
 
 
 class InternalCoordinates(nn.Module):
@@ -66,7 +70,9 @@ class InternalCoordinates(nn.Module):
     """
 
     _rows: Tensor
-    _above: Tensor
+    _inner: Tensor
+    _leaves: Tensor
+    _holders: Tensor
     _unsort: Tensor
 
     def __init__(self, zmatrix: ZMatrix) -> None:
@@ -80,26 +86,27 @@ class InternalCoordinates(nn.Module):
             above[atom] = (parent, grandparent)
         rows = torch.tensor(zmatrix.rows, dtype=torch.long).reshape(-1, 4)
         self.register_buffer("_rows", rows.T.reshape(-1), persistent=False)
-        # Only atoms with children need a frame, level after level; all others are placed in one go at the end.
-        carries = {row[1] for row in zmatrix.rows}
+        # Only atoms with children need a frame, level after level; the leaves are placed in one go at the end.
+        parents = {row[1] for row in zmatrix.rows}
+        is_inner = [row[0] in parents for row in zmatrix.rows]
+        inner = [i for i, yes in enumerate(is_inner) if yes]
+        leaves = [i for i, yes in enumerate(is_inner) if not yes]
         frame_of = {atom: i for i, atom in enumerate(zmatrix.seed)}  # atom -> index among all frames
-        place_in_level = dict(frame_of)
-        self._n_levels = 0
-        for level in sorted(set(zmatrix.levels)):
-            inner = [i for i, row in enumerate(zmatrix.rows) if zmatrix.levels[i] == level and row[0] in carries]
-            if not inner:
-                break
-            parents = [place_in_level[zmatrix.rows[i][1]] for i in inner]
-            place_in_level = {}
-            for k, i in enumerate(inner):
-                place_in_level[zmatrix.rows[i][0]] = k
-                frame_of[zmatrix.rows[i][0]] = len(frame_of)
-            self.register_buffer(f"_inner{level}", torch.tensor(inner), persistent=False)
-            self.register_buffer(f"_parents{level}", torch.tensor(parents), persistent=False)
-            self._n_levels = level
-        frames = torch.tensor([frame_of[row[1]] for row in zmatrix.rows], dtype=torch.long)
-        self.register_buffer("_above", frames, persistent=False)
-        order = list(zmatrix.seed) + [row[0] for row in zmatrix.rows]
+        start_of_level = [0]
+        self._widths: list[int] = []  # inner atoms of each level
+        for level in sorted({zmatrix.levels[i] for i in inner}):
+            rows_here = [zmatrix.rows[i] for i in inner if zmatrix.levels[i] == level]
+            before = torch.tensor([frame_of[row[1]] - start_of_level[-1] for row in rows_here])
+            start_of_level.append(len(frame_of))
+            for row in rows_here:
+                frame_of[row[0]] = len(frame_of)
+            self.register_buffer(f"_parents{len(self._widths)}", before, persistent=False)
+            self._widths.append(len(rows_here))
+        self.register_buffer("_inner", torch.tensor(inner, dtype=torch.long), persistent=False)
+        self.register_buffer("_leaves", torch.tensor(leaves, dtype=torch.long), persistent=False)
+        holders = torch.tensor([frame_of[zmatrix.rows[i][1]] for i in leaves], dtype=torch.long)
+        self.register_buffer("_holders", holders, persistent=False)
+        order = list(zmatrix.seed) + [zmatrix.rows[i][0] for i in inner + leaves]
         self.register_buffer("_unsort", torch.argsort(torch.tensor(order)), persistent=False)
 
     def to_internal(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -121,27 +128,28 @@ class InternalCoordinates(nn.Module):
         """Inverse of `to_internal`, in the canonical frame: seed atom 0 at the origin, 1 on +x, 2 at y > 0."""
         r1, r2, theta2 = seed.unbind(-1)
         zero = torch.zeros_like(r1)
-        # Frame and place [R | x] of the seed atoms: the middle one stands at r_1 on +x, its axes those of space.
-        first = seed.new_tensor([[-1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, -1, 0]]).expand(len(seed), 3, 4)
-        shift = torch.stack((r1, zero, zero), dim=-1)[..., None]
-        middle = torch.cat((torch.eye(3, dtype=seed.dtype, device=seed.device).expand(len(seed), 3, 3), shift), dim=-1)
-        last = _step(r2, theta2, zero) + torch.nn.functional.pad(shift, (3, 0))
-        state = torch.stack((first, middle, last), dim=1)
-        start = state[..., 3]
-        steps = _step(r, theta, phi)
-        states = [state]
-        for level in range(1, self._n_levels + 1):
-            parents, inner = getattr(self, f"_parents{level}"), getattr(self, f"_inner{level}")
-            state = self._advance(state.index_select(1, parents), steps.index_select(1, inner))
-            states.append(state)
-        above = torch.cat(states, dim=1).index_select(1, self._above)
-        rows = (above[..., :3] * steps[..., None, :, 3]).sum(-1) + above[..., 3]
-        return torch.cat((start, rows), dim=1).index_select(1, self._unsort)
-
-    @staticmethod
-    def _advance(state: Tensor, step: Tensor) -> Tensor:
-        """[R | x] · [T | d] = [R T | R d + x] for [B, n, 3, 4] both."""
-        return state[..., :3] @ step + torch.nn.functional.pad(state[..., 3:], (3, 0))
+        middle = torch.eye(3, dtype=seed.dtype, device=seed.device).expand(len(seed), 3, 3)
+        first = torch.diag(seed.new_tensor([-1.0, 1.0, -1.0])).expand_as(middle)
+        last = _step(theta2, zero)
+        x1 = torch.stack((r1, zero, zero), dim=-1)
+        x = torch.stack((torch.zeros_like(x1), x1, x1 + r2[:, None] * last[:, :, 0]), dim=1)
+        frame = torch.stack((first, middle, last), dim=1)
+        places, frames = [x], [frame]
+        theta_in, phi_in = theta.index_select(1, self._inner), phi.index_select(1, self._inner)
+        steps = _step(theta_in, phi_in).split(self._widths, dim=1)
+        lengths = r.index_select(1, self._inner)[..., None].split(self._widths, dim=1)
+        for level, (step, length) in enumerate(zip(steps, lengths, strict=True)):
+            parents = getattr(self, f"_parents{level}")
+            frame = frame.index_select(1, parents) @ step
+            x = x.index_select(1, parents) + length * frame[..., 0]
+            places.append(x)
+            frames.append(frame)
+        theta_out, phi_out = theta.index_select(1, self._leaves), phi.index_select(1, self._leaves)
+        bonds = r.index_select(1, self._leaves)[..., None] * _bond(theta_out, phi_out)
+        holders = torch.cat(frames, dim=1).index_select(1, self._holders)
+        placed = torch.cat(places, dim=1)
+        leaves = placed.index_select(1, self._holders) + (holders @ bonds[..., None]).squeeze(-1)
+        return torch.cat((placed, leaves), dim=1).index_select(1, self._unsort)
 
 
 def log_jacobian(seed: Tensor, r: Tensor, theta: Tensor) -> Tensor:

@@ -3,12 +3,12 @@
 import mdtraj
 import numpy as np
 import pytest
+import torch  # noqa: F401  (first: OpenMM's torch plugin, which other tests may use, loads only then)
 
 from openmm_bg.analysis import dihedral_atoms, is_trans, phi_basin, ramachandran_free_energy, torsion
 from openmm_bg.analysis.torsions import torsion_free_energy
 from openmm_bg.errors import InputError
 
-import torch  # noqa: F401  isort: skip  (first: OpenMM's torch plugin, which other tests may use, loads only then)
 from openmm import app  # isort: skip
 
 

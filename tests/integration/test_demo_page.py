@@ -202,7 +202,7 @@ def test_the_page_loads_nothing(page):
 
 
 def test_disagreement_short_form_and_poor_weights_are_said(tmp_path, result):
-    log_w = np.random.default_rng(0).normal(0.0, 3.0, result.flow_log_weights.size)
+    log_w = np.random.default_rng(0).normal(0.0, 2.5, result.flow_log_weights.size)
     off = [ROWS[0], dataclasses.replace(ROWS[2], value_kT=5.0)]
     changed = dataclasses.replace(result, rows=off, quick=True, flow_log_weights=log_w)
     page = demo_page(tmp_path / "demo.html", changed).read_text(encoding="utf-8")

@@ -1,0 +1,111 @@
+"""How good a flow is: its weights in total and inside states, on fresh samples and on MD frames it never saw."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from openmm_bg import moves
+from openmm_bg.coordinates import CoordinateMap
+from openmm_bg.energy import Target
+from openmm_bg.ensemble import Ensemble
+from openmm_bg.errors import InputError
+from openmm_bg.free_energy import state_difference, statistical_inefficiency
+from openmm_bg.weights import effective_sample_size, forward_ess
+
+
+def reverse_figures(ensemble: Ensemble, inside: ArrayLike) -> dict[str, float]:
+    """Figures of fresh samples (docs/theory.md, rule 8), in total and inside and outside one state.
+
+    Parameters
+    ----------
+    ensemble
+        What `BoltzmannGeneratorSampler.sample` returns.
+    inside
+        [n] bool, which samples lie in the state.
+
+    Returns
+    -------
+    dict
+        ``samples``, ``ess``, ``ess_inside``, ``ess_outside`` (fractions), ``khat``, ``max_weight``, ``n_nonfinite``,
+        and ``delta_f``, ``delta_f_error`` of the state against the rest, kT.
+    """
+    mask = np.asarray(inside, dtype=bool)
+    value, error = state_difference(ensemble.log_weights, ~mask, mask)
+    return {
+        "samples": ensemble.n,
+        "ess": ensemble.ess,
+        "ess_inside": effective_sample_size(ensemble.log_weights[mask]),
+        "ess_outside": effective_sample_size(ensemble.log_weights[~mask]),
+        "khat": ensemble.khat,
+        "max_weight": ensemble.max_weight,
+        "n_nonfinite": ensemble.n_nonfinite,
+        "delta_f": value,
+        "delta_f_error": error,
+    }
+
+
+def frame_log_weights(
+    density: Any, coordinates: CoordinateMap, target: Target, positions: ArrayLike
+) -> NDArray[np.float64]:
+    """log π - log q [n] of MD frames [n, N, 3] (nm); +inf where q = 0 (outside the modelled sector)."""
+    x = torch.as_tensor(np.asarray(positions), dtype=torch.float64)
+    found = np.empty(len(x))
+    for start in range(0, len(x), 2048):
+        y, s = coordinates.to_internal(x[start : start + 2048])
+        inside = coordinates.in_domain(y, s)
+        with torch.no_grad():
+            log_q = density.log_prob(torch.where(inside[:, None], y, y[inside][:1]) if inside.any() else y)
+            value = target.log_density(y, s) - log_q
+        found[start : start + 2048] = torch.where(inside, value, torch.inf).numpy()
+    return found
+
+
+def forward_figures(log_w: ArrayLike) -> dict[str, float]:
+    """Forward ESS over decorrelated MD frames of the sector, and how many frames lay outside it.
+
+    Parameters
+    ----------
+    log_w
+        [n], from `frame_log_weights`.
+
+    Raises
+    ------
+    InputError
+        No frame lies in the sector.
+    """
+    array = np.asarray(log_w, dtype=np.float64)
+    kept = array[np.isfinite(array)]
+    if kept.size == 0:
+        raise InputError("No MD frame lies in the sector that the flow models.")
+    return {"frames": kept.size, "frames_outside": array.size - kept.size, "forward_ess": forward_ess(kept)}
+
+
+def chain_figures(log_weights: ArrayLike, inside: ArrayLike, seed: int = 0) -> dict[str, float]:
+    """A pure chain of formula D through independent samples, each offered once.
+
+    Parameters
+    ----------
+    log_weights, inside
+        [n] of the samples: log-weights, and whether they lie in the state whose visits are timed.
+    seed
+        Of the accept/reject draws.
+
+    Returns
+    -------
+    dict
+        ``acceptance``, ``longest_rejection_streak``, and ``energies_per_independent_sample``: the statistical
+        inefficiency of the state's indicator, one energy a step.
+    """
+    log_w, mask = np.asarray(log_weights, dtype=np.float64), np.asarray(inside, dtype=bool)
+    index, info = moves.independence_chain(log_w[0], log_w[1:], np.random.default_rng(seed))
+    visited = mask[np.where(index < 0, 0, index + 1)]
+    return {
+        "steps": info.n_proposed,
+        "acceptance": info.acceptance_rate,
+        "longest_rejection_streak": info.longest_rejection_streak,
+        "energies_per_independent_sample": statistical_inefficiency(visited),
+    }
