@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from openmm_bg.errors import BGError, InputError
+from openmm_bg.errors import BGError
 
 
 def _friendly(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,15 +80,10 @@ def train(
     Example:
       openmm-bg train --system system.xml --topology top.pdb --trajectory traj.dcd --temperature 300 -o model/
     """
-    system, topology = read_system(system_file), read_topology(topology_file)[0]
-    weights = None
-    if log_weights is not None:
-        import numpy as np
+    from openmm_bg.commands import read_log_weights, read_system, read_topology
 
-        try:
-            weights = np.load(log_weights, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise InputError(f"Cannot read log-weights from {log_weights}: {error}.") from error
+    system, topology = read_system(system_file), read_topology(topology_file)
+    weights = None if log_weights is None else read_log_weights(log_weights)
     from openmm_bg.training.run import train as run
 
     flow = run(
@@ -155,52 +150,8 @@ def demo(output: Path, quick: bool) -> None:
     Example:
       openmm-bg demo -o demo-output
     """
-    from openmm_bg.demo import QUICK, DemoSettings, run_demo
+    from openmm_bg.demo import QUICK, DemoSettings, run_demo, summary
 
     result = run_demo(output, QUICK if quick else DemoSettings())
-    click.echo(result.summary())
+    click.echo(summary(result))
     click.echo(f"Page: {output / 'demo.html'}")
-
-
-# -------------------------------------------------------------------- reading what the user names
-
-
-def read_system(path: Path) -> Any:
-    """An ``openmm.System`` from XML.
-
-    Raises
-    ------
-    InputError
-        Missing file, or XML of something else.
-    """
-    import openmm
-
-    if not path.is_file():
-        raise InputError(f"There is no System file {path}.")
-    try:
-        system = openmm.XmlSerializer.deserialize(path.read_text())
-    except Exception as error:  # the parser raises OpenMMException and UnicodeDecodeError alike
-        raise InputError(f"{path} is not a System written by openmm.XmlSerializer.") from error
-    if not isinstance(system, openmm.System):
-        raise InputError(f"{path} holds a {type(system).__name__}, not a System.")
-    return system
-
-
-def read_topology(path: Path) -> tuple[Any, Any]:
-    """Topology and positions from a PDB or PDBx/mmCIF file.
-
-    Raises
-    ------
-    InputError
-        Missing or unreadable file.
-    """
-    from openmm import app
-
-    if not path.is_file():
-        raise InputError(f"There is no topology file {path}.")
-    reader = app.PDBxFile if path.suffix.lower() in (".cif", ".pdbx", ".mmcif") else app.PDBFile
-    try:
-        found = reader(str(path))
-    except Exception as error:  # these readers raise whatever they stumble over
-        raise InputError(f"{path} is not a readable {reader.__name__.removesuffix('File')} file.") from error
-    return found.topology, found.positions

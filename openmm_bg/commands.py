@@ -1,9 +1,10 @@
-"""What ``openmm-bg sample`` does, apart from reading its options."""
+"""What the commands do, apart from reading their options: files in, files out."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,8 +47,6 @@ def sample_to_files(
     InputError
         Anything the user named that cannot be used.
     """
-    from openmm_bg.cli import read_system
-
     if n < 1:
         raise InputError(f"The number of samples must be at least 1, got {n}.")
     if output.suffix.lower() not in (".dcd", ".xtc", ".h5", ".pdb", ".nc"):
@@ -99,3 +98,56 @@ def sample_to_files(
         for path in (temporary, part):
             path.unlink(missing_ok=True)
     return f"{ensemble!r}\nWrote {keep.sum()} frames to {output} and their weights to {arrays}."
+
+
+def read_system(path: Path) -> openmm.System:
+    """A System from XML.
+
+    Raises
+    ------
+    InputError
+        Missing file, or XML of something else.
+    """
+    if not path.is_file():
+        raise InputError(f"There is no System file {path}.")
+    try:
+        system = openmm.XmlSerializer.deserialize(path.read_text())
+    except Exception as error:  # the parser raises OpenMMException and UnicodeDecodeError alike
+        raise InputError(f"{path} is not a System written by openmm.XmlSerializer.") from error
+    if not isinstance(system, openmm.System):
+        raise InputError(f"{path} holds a {type(system).__name__}, not a System.")
+    return system
+
+
+def read_topology(path: Path) -> Any:
+    """Topology from a PDB or PDBx/mmCIF file.
+
+    Raises
+    ------
+    InputError
+        Missing or unreadable file, or more than one model.
+    """
+    from openmm import app
+
+    if not path.is_file():
+        raise InputError(f"There is no topology file {path}.")
+    reader = app.PDBxFile if path.suffix.lower() in (".cif", ".pdbx", ".mmcif") else app.PDBFile
+    try:
+        found = reader(str(path))
+    except Exception as error:  # these readers raise whatever they stumble over
+        raise InputError(f"{path} is not a readable {reader.__name__.removesuffix('File')} file.") from error
+    return found.topology
+
+
+def read_log_weights(path: Path) -> np.ndarray:
+    """Log-weights [frames] from a ``.npy`` file.
+
+    Raises
+    ------
+    InputError
+        Missing or unreadable file.
+    """
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"Cannot read log-weights from {path}: {error}.") from error

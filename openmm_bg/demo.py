@@ -199,7 +199,10 @@ def run_chain(flow: Flow, data: DemoData, settings: DemoSettings, progress: bool
 
 
 def draw(flow: Flow, data: DemoData, n: int, seed: int) -> tuple[Ensemble, np.ndarray, int]:
-    """n weighted samples of the plain target, their log-weights on the balanced one, and the energies spent."""
+    """n weighted samples of the plain target, their log-weights on the balanced one, and the energies spent.
+
+    Samples with a cis amide are outside the state that is asked for: weight zero.
+    """
     context = openmm.Context(
         data.system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference")
     )
@@ -207,19 +210,34 @@ def draw(flow: Flow, data: DemoData, n: int, seed: int) -> tuple[Ensemble, np.nd
     with BoltzmannGeneratorSampler(flow, context, TEMPERATURE, seed=seed) as sampler:
         ensemble = sampler.sample(n)
         n_energies = sampler.statistics["n_energies"]
+    trans = is_trans(np.nan_to_num(ensemble.positions))
+    ensemble = replace(ensemble, log_weights=np.where(trans, ensemble.log_weights, -np.inf))
     well = data.well.energy(torsion_angle(ensemble.positions, PHI)) / thermal_energy(TEMPERATURE)
     # The balanced target's u is larger by V_bias/kT; rows of weight zero stay so.
     balanced = np.where(np.isfinite(ensemble.log_weights), ensemble.log_weights - np.nan_to_num(well), -np.inf)
     return ensemble, balanced, n_energies
 
 
-def basin_shares(log_weights: np.ndarray, inside: np.ndarray) -> dict[str, float]:
-    """ESS in total and inside each basin, fractions."""
-    return {
-        "total": effective_sample_size(log_weights),
-        "phi > 0": effective_sample_size(log_weights[inside]),
-        "phi < 0": effective_sample_size(log_weights[~inside]),
-    }
+def summary(result: Any) -> str:
+    """The figures that matter, as text.
+
+    Parameters
+    ----------
+    result
+        The `openmm_bg.analysis.demo_report.DemoResult` of `run_demo`.
+    """
+    lines = ["Free energy of the basin 0 < φ < 2 against the rest (trans amides), kT:"]
+    for row in result.rows:
+        value = f"{row.value_kT:7.3f} ± {row.error_kT:.3f}"
+        lines.append(f"  {row.method:<12} {value}   {row.n_energies:>12,} energy evaluations   {row.note}")
+    inside = result.flow_in_basin
+    targets = {"plain": result.flow_log_weights, "balanced": result.flow_log_weights_balanced}
+    lines.append(f"Effective sample size of {len(inside):,} samples: total, φ > 0 basin, the rest")
+    for name, log_w in targets.items():
+        shares = [effective_sample_size(w) for w in (log_w, log_w[inside], log_w[~inside])]
+        lines.append(f"  {name + ' target':<16} " + "  ".join(f"{share:6.1%}" for share in shares))
+    lines.append(f"{result.seconds:.0f} s in all.")
+    return "\n".join(lines)
 
 
 def run_demo(output: str | Path, settings: DemoSettings | None = None, progress: bool = True) -> Any:
@@ -275,7 +293,6 @@ def run_demo(output: str | Path, settings: DemoSettings | None = None, progress:
 
     phi = torsion_angle(ensemble.positions, PHI)
     inside = in_basin(phi)
-    plain_shares, balanced_shares = basin_shares(ensemble.log_weights, inside), basin_shares(balanced, inside)
     weights_value = state_difference(ensemble.log_weights, ~inside, inside)
     visited = chain.phi[~np.isnan(chain.phi)]
     chain_value = chain_state_difference(~in_basin(visited), in_basin(visited))
@@ -304,8 +321,6 @@ def run_demo(output: str | Path, settings: DemoSettings | None = None, progress:
         chain_phi=chain.phi,
         rows=rows,
         figures={
-            **{f"ESS plain, {name}": value for name, value in plain_shares.items()},
-            **{f"ESS balanced, {name}": value for name, value in balanced_shares.items()},
             "k-hat": ensemble.khat,
             "largest weight": ensemble.max_weight,
             "samples": settings.n_samples,

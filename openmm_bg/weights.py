@@ -33,6 +33,8 @@ FloatArray = NDArray[np.float64]
 # Log-weights in the tail that differ by less than this are equal for every purpose; fitting a distribution to
 # their rounding errors would return noise.
 _EQUAL = 1e-9
+# Weights of one tail that differ by more underflow to equal zeros, which would look like a light tail.
+_WIDEST = 700.0
 
 
 def check_log_weights(log_w: ArrayLike) -> FloatArray:
@@ -157,8 +159,8 @@ def pareto_khat(log_w: ArrayLike) -> float:
     -------
     float
         ``+inf`` where no tail can be fitted (fewer than 25 samples, fewer non-zero weights than the tail has
-        members, or so many ties that the fit fails): nothing may be trusted then. ``-inf`` where the whole
-        tail has one value: such weights are bounded from above by what has been seen.
+        members, a tail wider than double precision, or so many ties that the fit fails): nothing may be trusted
+        then. ``-inf`` where the whole tail has one value: such weights are bounded by what has been seen.
 
     Raises
     ------
@@ -179,6 +181,8 @@ def pareto_khat(log_w: ArrayLike) -> float:
     tail = np.partition(array, n - n_tail)[n - n_tail :]
     if tail.max() - tail.min() < _EQUAL:
         return -np.inf
+    if tail.max() - tail.min() > _WIDEST:
+        return np.inf
     # r_eff = 1: the samples of a flow are independent. The weights themselves are handed over, for the function's
     # own log_weights=True fits the tail of the logarithms (arviz-stats 0.8), which hides every heavy tail.
     with np.errstate(all="ignore"):  # ties make the fit divide by zero; its NaN is dealt with below

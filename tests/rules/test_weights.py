@@ -292,3 +292,9 @@ def test_ensemble_refuses_inconsistent_arrays():
     ):
         with pytest.raises(InputError, match=message):
             Ensemble(**{**good, name: bad})
+
+
+def test_khat_of_a_tail_wider_than_double_precision_is_infinite():
+    log_w = np.random.default_rng(0).standard_cauchy(20_000)
+    assert weights.effective_sample_size(log_w) < 1e-3
+    assert weights.pareto_khat(log_w) == np.inf

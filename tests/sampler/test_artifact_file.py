@@ -75,7 +75,7 @@ def test_a_truncated_file_is_refused(tmp_path, kept):
     data = SHIPPED.read_bytes()
     path = tmp_path / "short.bg"
     path.write_bytes(data[: kept if isinstance(kept, int) else int(kept * len(data))])
-    with pytest.raises(ArtifactError, match="short.bg is not a readable TorchScript file"):
+    with pytest.raises(ArtifactError, match=r"short\.bg is not a readable TorchScript file"):
         bg.load(path)
 
 
