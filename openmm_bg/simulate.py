@@ -16,10 +16,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import openmm
-from openmm import app, unit
+import torch  # noqa: F401  (before openmm: its torch plugin loads only then)
 
-from openmm_bg.energy.reduced import BOLTZMANN
+import openmm  # isort: skip
+from openmm import app, unit  # isort: skip
+
+from openmm_bg.energy import BOLTZMANN
 from openmm_bg.errors import InputError
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "n_backbone_blocks": 4,
         "n_joint_blocks": 8,
         "conditioner": "mlp",
-        "hidden": 256,
+        "hidden": 128,
         "n_hidden": 2,
         "linear": "mixed",
     },

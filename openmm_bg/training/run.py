@@ -27,8 +27,11 @@ from openmm_bg.weights import effective_sample_size
 
 logger = logging.getLogger(__name__)
 
-#: No covalent bond of a molecule in MD is longer, nm: a longer one means another atom order.
-LONGEST_BOND = 0.32
+#: Covalent radii, nm (Cordero et al. 2008); elements that are not listed count as the largest.
+COVALENT_RADII = {"H": 0.031, "D": 0.031, "C": 0.076, "N": 0.071, "O": 0.066, "F": 0.057, "S": 0.105, "P": 0.107}
+LARGEST_RADIUS = 0.15
+#: A bond longer than this many times the sum of its radii was never a bond: another atom order.
+STRETCH = 1.4
 #: Flow samples whose weights go into the training record.
 RECORD_SAMPLES = 10_000
 
@@ -228,10 +231,11 @@ def _check_bonds(positions: np.ndarray, graph: MoleculeGraph) -> None:
     frame = np.asarray(positions[0], dtype=np.float64)
     if not np.isfinite(frame).all():
         raise InputError("Frame 0 of the trajectory has non-finite positions.")
+    radii = [COVALENT_RADII.get(element, LARGEST_RADIUS) for element in graph.elements]
     for a in range(graph.n_atoms):
         for b in graph.neighbours[a]:
             length = float(np.linalg.norm(frame[a] - frame[b]))
-            if length > LONGEST_BOND:
+            if length > STRETCH * (radii[a] + radii[b]):
                 raise InputError(
                     f"In frame 0 of the trajectory the bond {graph.label(a)} to {graph.label(b)} is {length:.2f} nm: "
                     "another atom order, wrong units, or a molecule split by the periodic box."
