@@ -114,6 +114,30 @@ def test_a_state_outside_the_support_stays(dipeptide, make_context, make_sampler
     assert np.array_equal(x, snapshot(context)[0]) and np.array_equal(v, snapshot(context)[1])
 
 
+METHYLS = ((0, 2, 3), (11, 12, 13), (19, 20, 21))
+
+
+@pytest.mark.parametrize("methyl", METHYLS)
+@pytest.mark.parametrize("turns", [1, 2])
+def test_every_labelling_of_a_methyl_group_moves(dipeptide, make_context, make_sampler, methyl, turns):
+    """A cyclic permutation of identical hydrogens is the same molecule: q covers it and moves are accepted."""
+    x = np.array(dipeptide.positions)
+    x[list(methyl)] = x[list(np.roll(methyl, turns))]
+    y, s = dipeptide.flow.to_internal(np.stack((dipeptide.positions, x)))
+    assert bool(dipeptide.flow.coordinates.in_domain(y, s).all())
+    log_q = dipeptide.flow.log_prob(y).detach().numpy()
+    assert abs(log_q[1] - log_q[0]) < 5.0  # kT; the flow learned the symmetry from data, not exactly
+    report = make_sampler(make_context(positions=x)).step(20)
+    assert report["inside"] and report["n_accepted"] > 0
+
+
+def test_a_mirrored_methyl_group_is_outside(dipeptide, make_context, make_sampler):
+    x = np.array(dipeptide.positions)
+    x[[11, 12]] = x[[12, 11]]
+    report = make_sampler(make_context(positions=x)).step(5)
+    assert not report["inside"] and report["n_accepted"] == 0
+
+
 def test_nan_positions_are_refused_before_anything_moves(dipeptide, make_context, make_sampler):
     context = make_context()
     sampler = make_sampler(context)
