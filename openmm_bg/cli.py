@@ -21,6 +21,7 @@ def _friendly(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
         logging.getLogger("openmm_bg").setLevel(logging.INFO)
+        logging.getLogger("pymbar").setLevel(logging.ERROR)  # it advertises JAX to every user of a command
         try:
             return function(*args, **kwargs)
         except BGError as error:

@@ -258,15 +258,16 @@ class TrainingConfig(_Strict):
         """
         if name == "cpu":
             return cls(
+                batch_size=512,
+                ema_decay=0.998,
+                buffer=BufferConfig(fresh_share=0.75, draw_size=4096, draw_every=8, n_batches=4),
                 flow=FlowConfig.preset("cpu"),
-                validation_frames=2048,
-                validate_every=100,
                 stages=[
                     Stage(
-                        name="nll", losses=LossWeights(nll=1.0), epochs=8, seconds=90.0, learning_rate=2e-3,
+                        name="nll", losses=LossWeights(nll=1.0), epochs=8, seconds=60.0, learning_rate=2e-3,
                         keep_best=True,
                     ),
-                    Stage(name="buffer", losses=LossWeights(buffer=1.0), seconds=240.0, learning_rate=1e-3),
+                    Stage(name="buffer", losses=LossWeights(buffer=1.0), seconds=330.0, learning_rate=1e-3),
                 ],
             )  # fmt: skip
         if name == "paper":
