@@ -25,7 +25,8 @@ import torch
 
 import openmm_bg as bg
 from openmm_bg.analysis.quality import chain_figures, forward_figures, frame_log_weights, reverse_figures
-from openmm_bg.demo import PHI, TEMPERATURE, DemoSettings, draw, in_basin, is_trans, make_data
+from openmm_bg.analysis.torsions import phi_basin
+from openmm_bg.demo import PHI, TEMPERATURE, DemoSettings, draw, is_trans, make_data
 from openmm_bg.energy import ContextPool, Target, thermal_energy
 from openmm_bg.flow import FlowConfig
 from openmm_bg.simulate import temperature_ladder, tempered_md, torsion_angle
@@ -100,7 +101,7 @@ def main() -> None:
     # From the balanced frames to the slight well: same shape, a smaller depth.
     plain = data.trajectory.log_weights
     weight = np.exp(plain - plain.max())
-    share = weight[in_basin(phi)].sum() / weight.sum()
+    share = weight[phi_basin(phi)].sum() / weight.sum()
     kt = thermal_energy(TEMPERATURE)
     depth = kt * np.log(POPULATION / (1 - POPULATION) * (1 - share) / share)
     slight = replace(data.well, depth=float(depth))
@@ -119,7 +120,7 @@ def main() -> None:
         resume=True,
     )
     ensemble, _, _ = draw(flow, data, options.samples, options.seed + 1)
-    inside = in_basin(torsion_angle(ensemble.positions, PHI))
+    inside = phi_basin(torsion_angle(ensemble.positions, PHI))
     figures = reverse_figures(ensemble, inside) | chain_figures(ensemble.log_weights, inside)
     context = openmm.Context(
         data.system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference")

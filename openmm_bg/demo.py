@@ -19,6 +19,8 @@ from tqdm.auto import tqdm
 
 import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only then)
 
+from openmm_bg.analysis import torsions
+from openmm_bg.analysis.torsions import phi_basin
 from openmm_bg.artifact import Flow
 from openmm_bg.energy import thermal_energy
 from openmm_bg.ensemble import Ensemble
@@ -72,14 +74,9 @@ QUICK = DemoSettings(
 )
 
 
-def in_basin(phi: np.ndarray) -> np.ndarray:
-    """The basin whose free energy is asked for: 0 < φ < 2 rad (C7ax)."""
-    return (phi > 0.0) & (phi < 2.0)
-
-
 def is_trans(positions: np.ndarray) -> np.ndarray:
     """Frames [n] whose two amide bonds are trans, the state that the flow models."""
-    return np.all([np.abs(torsion_angle(positions, omega)) > 0.5 * np.pi for omega in OMEGA], axis=0)
+    return torsions.is_trans(positions, OMEGA)
 
 
 @dataclass
@@ -118,7 +115,7 @@ def make_data(settings: DemoSettings, progress: bool = True) -> DemoData:
 
     pilot = run("MD, pilot", settings.seconds_pilot, WELL, settings.seed)
     phi = torsion_angle(pilot.positions, PHI)
-    well = WELL.balanced(phi, in_basin(phi), TEMPERATURE, settings.population)
+    well = WELL.balanced(phi, phi_basin(phi), TEMPERATURE, settings.population)
     found = run("MD, tempered", settings.seconds_md, well, settings.seed + 1000)
     trans = is_trans(found.positions)
     kept = replace(
@@ -156,7 +153,7 @@ def tempered_difference(trajectory: TemperedTrajectory) -> tuple[float, float]:
     found = []
     for ladder in np.unique(trajectory.ladder):
         rows = trajectory.ladder == ladder
-        inside = in_basin(phi[rows])
+        inside = phi_basin(phi[rows])
         found.append(chain_state_difference(~inside, inside, trajectory.log_weights[rows]))
     value, error = np.array(found).T
     weight = error**-2
@@ -292,10 +289,10 @@ def run_demo(output: str | Path, settings: DemoSettings | None = None, progress:
     chain: Chain = timed("MD + moves", lambda: run_chain(flow, data, settings, progress))
 
     phi = torsion_angle(ensemble.positions, PHI)
-    inside = in_basin(phi)
+    inside = phi_basin(phi)
     weights_value = state_difference(ensemble.log_weights, ~inside, inside)
     visited = chain.phi[~np.isnan(chain.phi)]
-    chain_value = chain_state_difference(~in_basin(visited), in_basin(visited))
+    chain_value = chain_state_difference(~phi_basin(visited), phi_basin(visited))
     md_value = tempered_difference(data.trajectory)
     record = flow.metadata["training"]
     rows = [

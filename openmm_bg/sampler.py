@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal
 
@@ -134,11 +135,17 @@ class BoltzmannGeneratorSampler:
         rest = (c for c in self.coordinates.coordinates if not c.modelled)
         return "exact" if all(c.constrained for c in rest) else "rigid"
 
-    def _draw(self, n: int) -> tuple[Tensor, Tensor]:
-        """n samples y and log q in float64 on the CPU, from this sampler's own random stream."""
+    @contextmanager
+    def _own_stream(self) -> Iterator[None]:
+        """Draw from this sampler's seed; torch's global generator is left as it was."""
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with torch.random.fork_rng(devices=devices):
             torch.manual_seed(int(self._rng.integers(2**62)))
+            yield
+
+    def _draw(self, n: int) -> tuple[Tensor, Tensor]:
+        """n samples y and log q in float64 on the CPU."""
+        with self._own_stream(), torch.no_grad():
             y, log_q = self.flow.density.sample(n)  # type: ignore[operator]
         return y.to("cpu", torch.float64), log_q.to("cpu", torch.float64)
 
@@ -262,9 +269,7 @@ class BoltzmannGeneratorSampler:
             raise InputError(f"The number of samples must be at least 1, got {n}.")
         self._refuse_sampling()
         self.pool.sync()
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(int(self._rng.integers(2**62)))
+        with self._own_stream():
             z = self.flow.density.sample_base(n).to(self.device)  # type: ignore[operator]
         y, log_det = self.flow.forward(z)
         base = self.flow.density.base_log_prob(z)  # type: ignore[operator]

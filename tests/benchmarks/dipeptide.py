@@ -26,8 +26,9 @@ import torch
 
 import openmm_bg as bg
 from openmm_bg.analysis.quality import chain_figures, forward_figures, frame_log_weights, reverse_figures
+from openmm_bg.analysis.torsions import phi_basin
 from openmm_bg.coordinates import log_jacobian, place_like, wrap
-from openmm_bg.demo import PHI, TEMPERATURE, in_basin, is_trans
+from openmm_bg.demo import PHI, TEMPERATURE, is_trans
 from openmm_bg.energy import ContextPool, Target
 from openmm_bg.free_energy import chain_state_difference, statistical_inefficiency
 from openmm_bg.simulate import temperature_ladder, tempered_md, torsion_angle
@@ -60,7 +61,7 @@ def draw(options: argparse.Namespace) -> Any:
 def weights(options: argparse.Namespace) -> dict[str, Any]:
     """Reverse figures of fresh samples."""
     ensemble, seconds = draw(options)
-    found = reverse_figures(ensemble, in_basin(torsion_angle(ensemble.positions, PHI)))
+    found = reverse_figures(ensemble, phi_basin(torsion_angle(ensemble.positions, PHI)))
     return found | {"samples_per_second": options.samples / seconds}
 
 
@@ -68,7 +69,7 @@ def chain(options: argparse.Namespace) -> dict[str, Any]:
     """A pure chain of formula D through the same kind of samples."""
     ensemble, _ = draw(options)
     record = bg.load_alanine_dipeptide().flow.metadata["training"]
-    found = chain_figures(ensemble.log_weights, in_basin(torsion_angle(ensemble.positions, PHI)), options.seed)
+    found = chain_figures(ensemble.log_weights, phi_basin(torsion_angle(ensemble.positions, PHI)), options.seed)
     return found | {"training_energies": record["n_energies"]}
 
 
@@ -83,7 +84,7 @@ def moves(options: argparse.Namespace) -> dict[str, Any]:
             sampler.step(options.moves)
             phi[i] = phi_of(context)
         statistics = sampler.statistics
-    inside = in_basin(phi)
+    inside = phi_basin(phi)
     energies = options.rounds * options.md_steps + statistics["n_energies"]
     value, error = chain_state_difference(~inside, inside)
     return {
@@ -113,7 +114,7 @@ def tempering(options: argparse.Namespace) -> dict[str, Any]:
         seed=options.seed + 40_000,
     )
     per_frame = len(ladder) * 501
-    inside = in_basin(torsion_angle(found.positions, PHI))
+    inside = phi_basin(torsion_angle(found.positions, PHI))
     series = [inside[found.ladder == k] for k in np.unique(found.ladder)]
     g = float(np.mean([statistical_inefficiency(s) for s in series]))
     trans = is_trans(found.positions)
@@ -139,7 +140,7 @@ def md(options: argparse.Namespace) -> dict[str, Any]:
     while time.monotonic() - begin < options.seconds:
         context.getIntegrator().step(200)
         phi.append(phi_of(context))
-    inside = in_basin(np.array(phi))
+    inside = phi_basin(np.array(phi))
     return {
         "steps": 200 * len(phi),
         "share": float(inside.mean()),
