@@ -3,8 +3,9 @@
     python examples/train_alanine_dipeptide.py -o work/ --minutes 60 --install
 
 Resumable: run it again after an interruption and it continues where it was (MD frames and checkpoints lie in the
-output folder). The flow is trained towards the plain force field with a slight well in φ (5 % in the rare basin instead
-of 0.9 %), so that the rare basin is learned from enough samples; weights take the well away exactly.
+output folder). The MD has a well in φ that populates both basins. The likelihood sees its frames reweighted to 5 % in
+the rare basin; the second stage, whose minimum does not depend on where its samples come from, takes the frames as they
+are and the plain force field as the target.
 """
 
 from __future__ import annotations
@@ -28,10 +29,8 @@ from openmm_bg.analysis.quality import chain_figures, forward_figures, frame_log
 from openmm_bg.analysis.torsions import phi_basin
 from openmm_bg.demo import PHI, TEMPERATURE, DemoSettings, draw, is_trans, make_data
 from openmm_bg.energy import ContextPool, Target, thermal_energy
-from openmm_bg.flow import FlowConfig
 from openmm_bg.simulate import temperature_ladder, tempered_md, torsion_angle
-from openmm_bg.training import LossWeights, Stage, TrainingConfig
-from openmm_bg.training.config import BufferConfig
+from openmm_bg.training import TrainingConfig
 
 import openmm  # isort: skip
 
@@ -39,27 +38,10 @@ POPULATION = 0.05
 
 
 def configuration(minutes: float, seed: int) -> TrainingConfig:
-    """Likelihood until it would overfit, then the resampled buffer, with large batches at the end."""
-    return TrainingConfig(
-        seed=seed,
-        batch_size=512,
-        ema_decay=0.999,
-        validate_every=1000,
-        buffer=BufferConfig(fresh_share=0.75, draw_size=4096, draw_every=8, n_batches=4),
-        flow=FlowConfig.preset("cpu"),
-        stages=[
-            Stage(
-                name="likelihood", losses=LossWeights(nll=1.0), seconds=60.0, learning_rate=2e-3, keep_best=True
-            ),
-            Stage(
-                name="buffer",
-                losses=LossWeights(buffer=1.0),
-                seconds=60.0 * minutes,
-                learning_rate=1e-3,
-                final_fraction=0.01,
-            ),
-        ],
-    )
+    """The "cpu" preset, with a longer second stage."""
+    config = TrainingConfig.preset("cpu").model_dump()
+    config["stages"][-1]["seconds"] = 60.0 * minutes
+    return TrainingConfig.load({**config, "seed": seed, "validate_every": 1000})
 
 
 def held_out_frames(data, seconds: float, seed: int) -> np.ndarray:
@@ -98,19 +80,17 @@ def main() -> None:
         held_out = held_out_frames(data, 0.3 * options.md_seconds, options.seed + 5000)
         cache.write_bytes(pickle.dumps((data, held_out)))
     phi = torsion_angle(data.trajectory.positions, PHI)
-    # From the balanced frames to the slight well: same shape, a smaller depth.
+    # For the likelihood, from the balanced frames to a slight well: same shape, a smaller depth.
     plain = data.trajectory.log_weights
     weight = np.exp(plain - plain.max())
     share = weight[phi_basin(phi)].sum() / weight.sum()
     kt = thermal_energy(TEMPERATURE)
     depth = kt * np.log(POPULATION / (1 - POPULATION) * (1 - share) / share)
     slight = replace(data.well, depth=float(depth))
-    target_system = openmm.XmlSerializer.deserialize(openmm.XmlSerializer.serialize(data.system))
-    target_system.addForce(slight.force())
     log_weights = (data.well.energy(phi) - slight.energy(phi)) / kt
 
     flow = bg.train(
-        target_system,
+        data.system,
         data.topology,
         data.trajectory.positions,
         TEMPERATURE,
@@ -128,7 +108,8 @@ def main() -> None:
     context.setPositions(data.positions)
     with ContextPool(context, platform="Reference") as pool:
         target = Target(flow.coordinates, pool, TEMPERATURE)
-        figures |= forward_figures(frame_log_weights(flow, flow.coordinates, target, held_out))
+        figures |= forward_figures(*frame_log_weights(flow, flow.coordinates, target, held_out))
+        figures["frames_in_basin"] = int(phi_basin(torsion_angle(held_out, PHI)).sum())
     figures["date"] = datetime.date.today().isoformat()
     figures["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
     figures["md_energies"] = data.n_energies
@@ -136,8 +117,6 @@ def main() -> None:
     print(json.dumps(figures, indent=2))
     print(f"{time.monotonic() - started:.0f} s in this run")
 
-    # The shipped System is the plain one; the well was a means of training.
-    flow.metadata["system"] = bg.artifact.compress_text(openmm.XmlSerializer.serialize(data.system))
     flow.metadata["training"]["well"] = {"depth_kJ_mol": slight.depth, "population": POPULATION}
     flow.metadata["figures"] = figures
     flow.metadata["positions"] = np.round(data.positions, 6).tolist()

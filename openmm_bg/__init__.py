@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from openmm_bg.artifact import Flow, load
     from openmm_bg.data import load_alanine_dipeptide
     from openmm_bg.ensemble import Ensemble
+    from openmm_bg.force import FlowForce
     from openmm_bg.sampler import BoltzmannGeneratorSampler
     from openmm_bg.training.config import TrainingConfig
     from openmm_bg.training.run import train
@@ -26,6 +27,7 @@ _PUBLIC = {
     "BoltzmannGeneratorSampler": "openmm_bg.sampler",
     "Ensemble": "openmm_bg.ensemble",
     "Flow": "openmm_bg.artifact",
+    "FlowForce": "openmm_bg.force",
     "TrainingConfig": "openmm_bg.training.config",
     "load": "openmm_bg.artifact",
     "load_alanine_dipeptide": "openmm_bg.data",
@@ -37,6 +39,7 @@ __all__ = [
     "BoltzmannGeneratorSampler",
     "Ensemble",
     "Flow",
+    "FlowForce",
     "TrainingConfig",
     "free_energy",
     "load",

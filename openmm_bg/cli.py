@@ -1,4 +1,4 @@
-"""The command line: ``openmm-bg train | sample | demo``."""
+"""The command line: ``openmm-bg train | sample | demo | doctor``."""
 
 from __future__ import annotations
 
@@ -156,3 +156,20 @@ def demo(output: Path, quick: bool) -> None:
     result = run_demo(output, QUICK if quick else DemoSettings())
     click.echo(summary(result))
     click.echo(f"Page: {output / 'demo.html'}")
+
+
+@main.command()
+@_friendly
+def doctor() -> None:
+    """Try what openmm_bg builds on: platforms, CUDA, openmm-torch, the shipped flow; code 1 if something is broken.
+
+    \b
+    Example:
+      openmm-bg doctor
+    """
+    from openmm_bg.doctor import examine
+
+    report = examine()
+    click.echo(str(report))
+    if not report.ok:
+        sys.exit(1)

@@ -326,8 +326,10 @@ def statistical_inefficiency(series: ArrayLike) -> float:
         return float(_pymbar().timeseries.statistical_inefficiency(array))
 
 
-def chain_state_difference(in_a: ArrayLike, in_b: ArrayLike, log_w: ArrayLike | None = None) -> tuple[float, float]:
-    """Conformational free energy F_b - F_a from one correlated chain, biased or not.
+def chain_state_difference(
+    in_a: ArrayLike, in_b: ArrayLike, log_w: ArrayLike | None = None, chains: ArrayLike | None = None
+) -> tuple[float, float]:
+    """Conformational free energy F_b - F_a from correlated chains, biased or not.
 
     Parameters
     ----------
@@ -335,6 +337,9 @@ def chain_state_difference(in_a: ArrayLike, in_b: ArrayLike, log_w: ArrayLike | 
         Whether each frame of the chain, in the order of time, lies in the state.
     log_w : array_like, shape [t], optional
         Log-weights that undo the bias of a chain run under a biased potential: (U_biased - U)/kT.
+    chains : array_like, shape [t], optional
+        Which of several independent chains each frame belongs to; one chain if left out. The estimate pools all
+        frames, the error sums the chains' own.
 
     Returns
     -------
@@ -353,8 +358,14 @@ def chain_state_difference(in_a: ArrayLike, in_b: ArrayLike, log_w: ArrayLike | 
         raise InputError(f"in_a must be one-dimensional, got shape {a.shape}.")
     array = np.zeros(a.size) if log_w is None else np.asarray(log_w, dtype=np.float64)
     delta_f, d = _influence(array, a, b)
-    visits = b[a ^ b]  # the sequence of states, with frames in neither or both left out
-    passages = int(np.count_nonzero(visits[1:] != visits[:-1]))
+    label = np.zeros(a.size) if chains is None else np.asarray(chains)
+    if label.shape != a.shape:
+        raise InputError(f"chains must have one entry per frame {a.shape}, got shape {label.shape}.")
+    parts = [label == name for name in np.unique(label)]
+    passages = 0
+    for part in parts:
+        visits = b[part & (a ^ b)]  # the sequence of states, with frames in neither or both left out
+        passages += int(np.count_nonzero(visits[1:] != visits[:-1]))
     if passages < MIN_PASSAGES:
         logger.warning(
             "The chain passed between the two states %d times, fewer than %d: this free energy and its error "
@@ -364,5 +375,5 @@ def chain_state_difference(in_a: ArrayLike, in_b: ArrayLike, log_w: ArrayLike | 
         )
     if d.size < 2:
         return delta_f, np.inf
-    g = statistical_inefficiency(d)
-    return delta_f, float(np.sqrt(g / d.size) * d.std(ddof=1))
+    variance = sum(statistical_inefficiency(d[part]) * d[part].var(ddof=1) * part.sum() for part in parts)
+    return delta_f, float(np.sqrt(variance) / d.size)

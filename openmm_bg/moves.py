@@ -303,6 +303,7 @@ def latent_proposal(
     concentration: ArrayLike,
     a: float,
     width: float,
+    fold: ArrayLike,
     mean: ArrayLike = 0.0,
     scale: ArrayLike = 1.0,
 ) -> FloatArray:
@@ -321,6 +322,8 @@ def latent_proposal(
     circular : array_like of bool, shape [D]
     concentration : array_like, shape [D]
         κ of the von Mises base of circular dimensions, 0 for a uniform one. Must be the base's own values.
+    fold : array_like of int, shape [D] or scalar
+        n of a circular base exp(κ cos(n z)), as `openmm_bg.flow.FeatureLayout.fold`; 1 for all others.
     a : float
         Step of the Gaussian dimensions, in (0, 1]; 1 draws them afresh. Adapt during burn-in only.
     width : float
@@ -353,7 +356,8 @@ def latent_proposal(
     gaussian = centre + np.sqrt(1.0 - a * a) * (current - centre) + a * sigma * noise
     walked = np.mod(current + width * noise + np.pi, 2.0 * np.pi) - np.pi
     walked = np.where(walked >= np.pi, -np.pi, walked)  # the remainder of a tiny negative number rounds to 2π
-    log_b_ratio = kappa * (np.cos(walked - centre) - np.cos(current - centre))
+    turns = np.asarray(fold, dtype=np.float64)
+    log_b_ratio = kappa * (np.cos(turns * (walked - centre)) - np.cos(turns * (current - centre)))
     kept = np.where(log_u < log_b_ratio, walked, current)
     return np.where(is_circular, kept, gaussian)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 #: Lengths of constrained bonds must agree between model and System within this, nm.
 LENGTH_TOLERANCE = 1e-6
+#: torch has one global generator: samplers in several threads take turns, or they would share draws.
+_STREAM = threading.Lock()
 #: Frames handled at once: bounds the memory of the flow's intermediates, whatever n a user asks for.
 CHUNK = 4096
 
@@ -45,7 +48,8 @@ class BoltzmannGeneratorSampler:
     context
         ``openmm.Context`` with positions set. `sample` leaves it alone; `step` moves its positions.
     temperature
-        Of the target, K or Quantity; None takes the integrator's. One other than the flow's is exact.
+        Of the target, K or Quantity; None takes the integrator's, anew at every call. One other than the flow's is
+        exact.
     device
         Torch device of the flow; None takes CUDA where torch has it. A device that cannot be used is replaced by
         the CPU with a logged note.
@@ -86,12 +90,13 @@ class BoltzmannGeneratorSampler:
             raise InputError(f"n_proposals must be at least 1, got {n_proposals}.")
         self.flow = flow if isinstance(flow, Flow) else load(flow)
         self.context = context
+        self._asked_temperature = temperature
         self.temperature = _target_temperature(temperature, context)
         self.n_proposals = int(n_proposals)
         self.device = _usable_device(device)
         self.flow.density.to(self.device)
         self._system = context.getSystem()
-        self.coordinates, self._freed = _match(self.flow, self._system)
+        self.coordinates, self._freed = match_system(self.flow, self._system)
         self._rng = np.random.default_rng(seed)
         if abs(self.temperature - self.flow.temperature) > 1e-6:
             logger.info(
@@ -101,7 +106,6 @@ class BoltzmannGeneratorSampler:
             )
         self.pool = ContextPool(context, platform=platform, n_workers=n_workers)
         self.target = Target(self.coordinates, self.pool, self.temperature)
-        self._invariant: bool | None = None
         self._info: moves.Info | None = None
 
     # ---------------------------------------------------------------- housekeeping
@@ -120,7 +124,10 @@ class BoltzmannGeneratorSampler:
 
     @property
     def statistics(self) -> dict[str, int]:
-        """Counts since construction; ``n_energies`` includes those of `sample` and `reverse_kl`."""
+        """Counts since construction; ``n_energies`` includes those of `sample` and `reverse_kl`.
+
+        Every call of these three spends two more that are not counted, comparing the clones with the Context.
+        """
         info = self._info
         return {
             "n_proposed": 0 if info is None else info.n_proposed,
@@ -139,7 +146,7 @@ class BoltzmannGeneratorSampler:
     def _own_stream(self) -> Iterator[None]:
         """Draw from this sampler's seed; torch's global generator is left as it was."""
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with _STREAM, torch.random.fork_rng(devices=devices):
             torch.manual_seed(int(self._rng.integers(2**62)))
             yield
 
@@ -178,8 +185,8 @@ class BoltzmannGeneratorSampler:
         """
         if n < 1:
             raise InputError(f"The number of samples must be at least 1, got {n}.")
+        self._follow()
         self._refuse_sampling()
-        self.pool.sync()
         self._require_invariance()
         positions = np.empty((n, self.coordinates.n_atoms, 3))
         reduced, log_q, log_weights = np.empty(n), np.empty(n), np.empty(n)
@@ -209,8 +216,20 @@ class BoltzmannGeneratorSampler:
         u = self.coordinates.log_volume(y, s) - log_density
         return u.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
+    def _follow(self) -> None:
+        """Catch up with the Context: parameters, box, forces, and after a reinitialisation constraints and masses."""
+        self.flow.density.eval()  # dropout would void every density
+        self.pool.sync()
+        system = self.context.getSystem()
+        if read_constraints(system, self.flow.topology) != self.coordinates.constraints:
+            self.coordinates, self._freed = match_system(self.flow, system)
+        self._system = system
+        self.temperature = _target_temperature(self._asked_temperature, self.context)
+        self.target = Target(self.coordinates, self.pool, self.temperature)
+
     def _refuse_sampling(self) -> None:
-        barostats = [f.getName() for f in self._system.getForces() if "Barostat" in f.getName()]
+        kinds = [type(force).__name__ for force in self._system.getForces()]
+        barostats = [kind for kind in kinds if "Barostat" in kind]
         if barostats:
             raise InputError(
                 f"The System has a {barostats[0]}: independent samples need a fixed volume, remove it or use step()."
@@ -223,17 +242,15 @@ class BoltzmannGeneratorSampler:
 
     def _require_invariance(self) -> None:
         """Formula A integrates over rigid motion: the energy must not depend on where the molecule stands."""
-        if self._invariant is None:
-            x = _context_positions(self.context)
-            turned = x - x.mean(0)
-            rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
-            rotation *= np.sign(np.linalg.det(rotation))
-            moved = turned @ rotation.T + np.array([0.31, -0.17, 0.23])
-            energy, other, force = *self.pool.energies(np.stack((x, moved))), self.pool.energies_and_forces(x[None])[1]
-            # A rounding error of the positions, times the forces, is what single precision may change.
-            slack = 1e-4 * thermal_energy(self.temperature) + 1e-5 * abs(energy) + 1e-6 * np.abs(force).sum()
-            self._invariant = bool(abs(other - energy) <= slack)
-        if not self._invariant:
+        x = _context_positions(self.context)
+        turned = x - x.mean(0)
+        rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
+        rotation *= np.sign(np.linalg.det(rotation))
+        moved = turned @ rotation.T + np.array([0.31, -0.17, 0.23])
+        energy, other, force = *self.pool.energies(np.stack((x, moved))), self.pool.energies_and_forces(x[None])[1]
+        # A rounding error of the positions, times the forces, is what single precision may change.
+        slack = 1e-4 * thermal_energy(self.temperature) + 1e-5 * abs(energy) + 1e-6 * np.abs(force).sum()
+        if not abs(other - energy) <= slack:
             raise InputError(
                 "The System's energy depends on where the molecule stands (an external force or a box smaller than the "
                 "cutoff): sample() needs the molecule alone, use step()."
@@ -267,8 +284,9 @@ class BoltzmannGeneratorSampler:
         """
         if n < 1:
             raise InputError(f"The number of samples must be at least 1, got {n}.")
+        self._follow()
         self._refuse_sampling()
-        self.pool.sync()
+        self._require_invariance()
         with self._own_stream():
             z = self.flow.density.sample_base(n).to(self.device)  # type: ignore[operator]
         y, log_det = self.flow.forward(z)
@@ -311,14 +329,16 @@ class BoltzmannGeneratorSampler:
         if n < 1:
             raise InputError(f"The number of steps must be at least 1, got {n}.")
         before = self.pool.n_energies
-        self.pool.sync()
+        self._follow()
         current = torch.from_numpy(_context_positions(self.context))
         y0, s = self.coordinates.to_internal(current[None])
         inside = bool(self.coordinates.in_domain(y0, s)[0])
         log_w = float("inf")  # q = 0: no proposal reaches this state, so detailed balance keeps the chain there
         if inside:
-            log_w = float(self._log_density_at(y0, s, current[None])[0] - self._log_q(y0)[0])
-            inside = log_w != float("inf")
+            log_q0 = float(self._log_q(y0)[0])
+            inside = log_q0 > -float("inf")
+            if inside:
+                log_w = float(self._log_density_at(y0, s, current[None])[0]) - log_q0
         chosen: Tensor | None = None
         info: moves.Info | None = None
         per_chunk = max(1, CHUNK // self.n_proposals)
@@ -420,7 +440,7 @@ def _context_positions(context: openmm.Context) -> np.ndarray:
     return np.ascontiguousarray(x, dtype=np.float64)
 
 
-def _match(flow: Flow, system: openmm.System) -> tuple[CoordinateMap, set[tuple[int, int]]]:
+def match_system(flow: Flow, system: openmm.System) -> tuple[CoordinateMap, set[tuple[int, int]]]:
     """The flow's coordinates with this System's constraints and masses, and the lengths that it leaves free."""
     constraints = read_constraints(system, flow.topology)
     ours = flow.coordinates.constraints

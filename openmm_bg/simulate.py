@@ -198,7 +198,8 @@ def tempered_md(
     platform
         An OpenMM platform name.
     seed
-        Of integrators and exchanges; ladder i uses ``seed + i``.
+        Of integrators and exchanges. Frames are reproducible with one ladder only: OpenMM's Reference platform has one
+        random generator a process, which the ladders' threads share.
     progress
         Called with (fraction done, frames so far) by the first ladder.
     """

@@ -50,38 +50,49 @@ def reverse_figures(ensemble: Ensemble, inside: ArrayLike) -> dict[str, float]:
 
 def frame_log_weights(
     density: Any, coordinates: CoordinateMap, target: Target, positions: ArrayLike
-) -> NDArray[np.float64]:
-    """log π - log q [n] of MD frames [n, N, 3] (nm); +inf where q = 0 (outside the modelled sector)."""
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """log π - log q [n] of MD frames [n, N, 3] (nm), and whether each lies in the sector that the flow models [n].
+
+    +inf where q = 0, inside the sector or outside.
+
+    Raises
+    ------
+    InputError
+        A `reduced` flow: its density is not one of all coordinates.
+    """
+    if not all(c.constrained or c.modelled for c in coordinates.coordinates):
+        raise InputError("A reduced flow has no forward weights: they need a density of every coordinate.")
     x = torch.as_tensor(np.asarray(positions), dtype=torch.float64)
-    found = np.empty(len(x))
+    found, sector = np.full(len(x), np.inf), np.zeros(len(x), dtype=bool)
     for start in range(0, len(x), 2048):
         y, s = coordinates.to_internal(x[start : start + 2048])
         inside = coordinates.in_domain(y, s)
-        with torch.no_grad():
-            log_q = density.log_prob(torch.where(inside[:, None], y, y[inside][:1]) if inside.any() else y)
-            value = target.log_density(y, s) - log_q
-        found[start : start + 2048] = torch.where(inside, value, torch.inf).numpy()
-    return found
+        rows = start + np.flatnonzero(inside.numpy())
+        sector[rows] = True
+        if len(rows):
+            with torch.no_grad():
+                found[rows] = (target.log_density(y[inside], s[inside]) - density.log_prob(y[inside])).numpy()
+    return found, sector
 
 
-def forward_figures(log_w: ArrayLike) -> dict[str, float]:
+def forward_figures(log_w: ArrayLike, inside: ArrayLike) -> dict[str, float]:
     """Forward ESS over decorrelated MD frames of the sector, and how many frames lay outside it.
 
     Parameters
     ----------
-    log_w
-        [n], from `frame_log_weights`.
+    log_w, inside
+        [n], from `frame_log_weights`. A frame of the sector with q = 0 makes the forward ESS zero.
 
     Raises
     ------
     InputError
         No frame lies in the sector.
     """
-    array = np.asarray(log_w, dtype=np.float64)
-    kept = array[np.isfinite(array)]
-    if kept.size == 0:
+    mask = np.asarray(inside, dtype=bool)
+    if not mask.any():
         raise InputError("No MD frame lies in the sector that the flow models.")
-    return {"frames": kept.size, "frames_outside": array.size - kept.size, "forward_ess": forward_ess(kept)}
+    kept = np.asarray(log_w, dtype=np.float64)[mask]
+    return {"frames": kept.size, "frames_outside": int((~mask).sum()), "forward_ess": forward_ess(kept)}
 
 
 def chain_figures(log_weights: ArrayLike, inside: ArrayLike, seed: int = 0) -> dict[str, float]:

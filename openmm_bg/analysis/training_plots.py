@@ -24,6 +24,7 @@ _CURVES = (
         (("nll", "MD frames", style.BLUE), ("buffer", "MD frames and buffer", style.ORANGE)),
     ),
     ("reverse KL (kT)", (("kl", "reverse KL", style.GREEN), ("path", "path gradient", style.PURPLE))),
+    ("variance of\nlog π - log q", (("variance", "flow samples and MD frames", style.ORANGE),)),
     ("W₂² (nm²)", (("w2", "distances", style.RED),)),
 )
 

@@ -22,7 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "conditioner": "mlp",
         "hidden": 128,
         "n_hidden": 2,
-        "linear": "mixed",
+        "linear": "affine",
     },
     # The paper's baseline: as many layers, no split, no attention.
     "nsf": {

@@ -15,6 +15,7 @@ class BufferBatch(NamedTuple):
 
     y: Tensor  # [B, D] float64
     log_w: Tensor  # [B] float64
+    log_density: Tensor  # [B] log π, float64
     gradient: Tensor | None  # [B, D] ∇ of the regularised log π, float64
 
 
@@ -79,7 +80,7 @@ class ResampledBuffer:
         )
         log_w = evaluation.log_density - log_q
         keep = torch.isfinite(log_w) & torch.isfinite(y).all(dim=1) & evaluation.finite
-        batch = {"y": y[keep], "s": s[keep], "log_w": log_w[keep]}
+        batch = {"y": y[keep], "s": s[keep], "log_w": log_w[keep], "log_density": evaluation.log_density[keep]}
         if self.gradients:
             batch["gradient"] = -evaluation.gradient[keep]
         kept = batch["log_w"]
@@ -101,7 +102,8 @@ class ResampledBuffer:
         """n samples, each kept one equally likely, with replacement; the buffer must not be empty."""
         index = torch.randint(len(self), (n,), generator=generator).to(self._joined["y"].device)
         gradient = self._joined["gradient"][index] if self.gradients else None
-        return BufferBatch(self._joined["y"][index], self._joined["log_w"][index], gradient)
+        joined = self._joined
+        return BufferBatch(joined["y"][index], joined["log_w"][index], joined["log_density"][index], gradient)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors of every draw, and the plain figures."""
@@ -112,7 +114,7 @@ class ResampledBuffer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
         self.gradients = bool(state["gradients"])
-        names = ["y", "s", "log_w"] + (["gradient"] if self.gradients else [])
+        names = ["y", "s", "log_w", "log_density"] + (["gradient"] if self.gradients else [])
         self._batches = [{name: state["tensors"][f"{k}.{name}"] for name in names} for k in range(state["n"])]
         self._join()
         self.ess = float("nan") if state["ess"] is None else float(state["ess"])

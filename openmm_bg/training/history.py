@@ -14,7 +14,7 @@ from openmm_bg.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 COLUMNS = (
-    "step", "stage", "loss", "nll", "w2", "kl", "buffer", "path", "validation_nll", "ess", "gradient_norm",
+    "step", "stage", "loss", "nll", "w2", "kl", "buffer", "path", "variance", "validation_nll", "ess", "gradient_norm",
     "learning_rate", "dropped", "skipped", "seconds",
 )  # fmt: skip
 _INTEGERS = {"step", "dropped", "skipped"}

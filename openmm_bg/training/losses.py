@@ -86,6 +86,41 @@ def buffer_nll(
     return nll(density, y, clipped_weights(log_w, clip, median))
 
 
+class VarianceResult(NamedTuple):
+    """Surrogate whose gradient is that of the loss, and the mean square residual it stands for."""
+
+    loss: Tensor
+    residual: Tensor
+
+
+def log_variance(density: Any, y: Tensor, log_density: Tensor, clip: float = 2.0) -> VarianceResult:
+    """Variance of log π - log q over samples of *any* origin (Richter et al., VarGrad, NeurIPS 2020).
+
+    A regression of log q on log π up to a constant. It has its minimum at q = π whatever distribution y has (with
+    support there), needs no forces, and its gradient vanishes sample by sample at the optimum, where that of a
+    likelihood keeps the noise of finite batches. Residuals are clipped: a steric clash must not own a batch.
+
+    Parameters
+    ----------
+    y
+        [B, D] samples, from the flow, MD, or both.
+    log_density
+        [B] finite log π(y, s) up to a constant, s the same for all samples.
+    clip
+        Residuals, counted from their clipped mean, lie within ±clip (kT).
+
+    Returns
+    -------
+    VarianceResult
+        ``loss`` is the surrogate ``-mean(r log q)`` with r held fixed, half the gradient of mean(r²).
+    """
+    log_q = density.log_prob(y)
+    residual = log_density.double() - log_q.detach().double()
+    residual = residual - residual.median()
+    residual = (residual - residual.clamp(-clip, clip).mean()).clamp(-clip, clip).to(log_q.dtype)
+    return VarianceResult(-(residual * log_q).mean(), residual.square().mean())
+
+
 def backbone_distances(positions: Tensor, atom_indices: Tensor, offset: int = 1) -> Tensor:
     """Distances between named atoms, the upper triangle of their matrix from diagonal `offset` on.
 

@@ -12,12 +12,15 @@ from torch import Tensor
 from openmm_bg.errors import EnergyError, InputError
 from openmm_bg.training import losses
 from openmm_bg.training.buffer import ResampledBuffer
-from openmm_bg.training.config import Stage, TrainingConfig
+from openmm_bg.training.config import ENERGY_LOSSES, Stage, TrainingConfig
 from openmm_bg.training.dataset import Dataset, MinibatchSampler, cumulative_weights, draw_indices, spread
 
 logger = logging.getLogger(__name__)
 
 _REFERENCE_FRAMES = 256
+_ENERGY_CHUNK = 4096
+# Flow samples this far below the median of log w are clashes: their residual says nothing but "not here".
+_CLASH = 12.0
 
 
 class Objective:
@@ -70,16 +73,23 @@ class Objective:
         self.generator = torch.Generator().manual_seed(config.seed + 2)
         self.buffer = ResampledBuffer(config.buffer.n_batches)
         self.reference: float | None = None
+        self._data_log_density: Tensor | None = None
+        self._energies_before = 0  # of the process that this one resumes
         self._regulariser: losses.Regulariser | None = None
 
     def _require(self, config: TrainingConfig, backbone_atoms: Any) -> None:
         """Refuse before the first step what a later stage could not do."""
         for stage in config.stages:
             if stage.needs_target and self.target is None:
-                names = [name for name in ("kl", "buffer", "path") if getattr(stage.losses, name) > 0]
+                names = [name for name in ENERGY_LOSSES if getattr(stage.losses, name) > 0]
                 raise InputError(
                     f"Stage {stage.name!r} trains by energy (loss {' and '.join(names)}) and there is no "
                     "target, give target=."
+                )
+            if stage.losses.variance > 0.0 and not self.data.s_is_constant:
+                raise InputError(
+                    f"Stage {stage.name!r} has the loss variance, which needs the same s for all frames: use the "
+                    "representation 'full', or the loss buffer."
                 )
             if stage.losses.w2 > 0.0:
                 if self.coordinates is None:
@@ -119,8 +129,20 @@ class Objective:
             )
         self.reference = float(energy[finite].median())
 
+    @property
+    def n_energies(self) -> int:
+        """Energies evaluated for this run, those of earlier processes included; 0 for a target that does not count."""
+        return self._energies_before + int(getattr(getattr(self.target, "pool", None), "n_energies", 0))
+
     def begin_stage(self, stage: Stage) -> None:
         """Forget the samples of an earlier stage; their proposal is far away by now."""
+        if stage.losses.variance > 0.0 and self._data_log_density is None:
+            self._data_log_density = torch.cat(
+                [
+                    losses.evaluate_target(self.target, y, s, gradient=False).log_density
+                    for y, s in zip(self.data.y.split(_ENERGY_CHUNK), self.data.s.split(_ENERGY_CHUNK), strict=True)
+                ]
+            )
         gradients = stage.losses.path > 0.0 and stage.path_samples == "buffer"
         self.buffer.clear(gradients=gradients)
 
@@ -164,6 +186,8 @@ class Objective:
             self._sampled_terms(active, terms, figures)
         if "path" in active:
             terms["path"] = self._path_term(stage, figures)
+        if "variance" in active:
+            terms["variance"] = self._variance_term(figures)
         return terms, figures
 
     def _refill(self, step: int, figures: dict[str, Any]) -> None:
@@ -277,6 +301,24 @@ class Objective:
         figures["path"] = result.mismatch
         return result.loss
 
+    def _variance_term(self, figures: dict[str, Any]) -> Tensor:
+        """Fresh samples as the flow gives them, MD frames as they come: neither needs weights, for the minimum
+        does not depend on where the samples are from."""
+        assert self._data_log_density is not None
+        if len(self.buffer) == 0:
+            return torch.full((), float("nan"), dtype=self.dtype, device=self.device)
+        config = self.config.buffer
+        n_fresh = min(max(round(config.fresh_share * self.config.batch_size), 1), self.config.batch_size)
+        fresh = self.buffer.draw(n_fresh, self.generator)
+        index = draw_indices(len(self.data), self.config.batch_size - n_fresh, self.generator).to(self.device)
+        y = torch.cat([fresh.y, self.data.y[index]])
+        log_density = torch.cat([fresh.log_density, self._data_log_density[index]])
+        sound = torch.cat([fresh.log_w > self.buffer.median - _CLASH, torch.isfinite(self._data_log_density[index])])
+        figures["dropped"] += int((~sound).sum())
+        result = losses.log_variance(self.density, y[sound].to(self.dtype), log_density[sound], config.clip)
+        figures["variance"] = result.residual
+        return result.loss
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain values of a checkpoint."""
         sampler, buffer = self.sampler.state_dict(), self.buffer.state_dict()
@@ -289,6 +331,7 @@ class Objective:
             "sampler_position": sampler["position"],
             "buffer": {name: buffer[name] for name in ("n", "gradients", "ess")},
             "reference": self.reference,
+            "n_energies": self.n_energies,
         }
         return tensors, meta
 
@@ -304,6 +347,7 @@ class Objective:
         }
         self.buffer.load_state_dict({**meta["buffer"], "tensors": kept})
         self.reference = meta["reference"]
+        self._energies_before = int(meta["n_energies"]) - self.n_energies
 
 
 def ess_share(log_w: Tensor) -> float:

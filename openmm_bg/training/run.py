@@ -271,6 +271,7 @@ def _training_record(
     trainer: Trainer, density: torch.nn.Module, target: Target, coordinates: CoordinateMap, n_frames: int
 ) -> dict[str, Any]:
     """What the artifact remembers of its making."""
+    n_energies = trainer.objective.n_energies  # before those of the record itself
     log_w = []
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(trainer.config.seed + 1)
@@ -285,8 +286,8 @@ def _training_record(
         "config": trainer.config.model_dump(mode="json"),
         "frames": n_frames,
         "steps": trainer.step,
-        "n_energies": target.pool.n_energies,
-        "reverse_ess": ess,
+        "n_energies": n_energies,
+        "reverse_ess": ess,  # on the System trained for
         "last": {k: v for k, v in last.items() if isinstance(v, (int, float, str)) and v == v},
         "date": datetime.date.today().isoformat(),
     }

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from openmm_bg.errors import BGError, CheckpointError, InputError
 from openmm_bg.training import checkpoint
-from openmm_bg.training.config import LOSS_NAMES, Stage, TrainingConfig
+from openmm_bg.training.config import LOSS_NAMES, SURROGATES, Stage, TrainingConfig
 from openmm_bg.training.dataset import Dataset, spread
 from openmm_bg.training.history import History
 from openmm_bg.training.losses import evaluation_mode, weighted_mean
@@ -67,7 +67,8 @@ class Trainer:
     ----------
     history : list of dict
         The loss curve, one row per step with the keys of `openmm_bg.training.history.COLUMNS`. The column
-        `path` holds the mean square mismatch of the scores, which is not part of `loss`.
+        `path` holds the mean square mismatch of the scores and `variance` that of log π - log q (clipped, kT²);
+        neither is part of `loss`, which holds their surrogates.
     baselines : dict
         "w2": data against data at the batch sizes of training, nm².
 
@@ -271,7 +272,7 @@ class Trainer:
             limit = self.config.gradient_clip
             norm = nn.utils.clip_grad_norm_(self._parameters, math.inf if limit is None else limit, foreach=True)
         # One transfer for all figures: on a GPU each would wait for the queue.
-        reported = [figures.get(name, term) if name == "path" else term for name, term in terms.items()]
+        reported = [figures.get(name, term) for name, term in terms.items()]
         values = torch.stack([x.detach().double() for x in (loss, norm, *reported)]).tolist()
         good = all(math.isfinite(value) for value in values)
         if good:
@@ -348,7 +349,7 @@ class Trainer:
                 shown[name] = row[name]
         if len(stage.losses.active()) == 1:
             for name in stage.losses.active():
-                if name != "path":
+                if name not in SURROGATES:
                     shown.pop(name, None)  # the loss itself
         short = {name.replace("validation_nll", "val"): f"{value:.4g}" for name, value in shown.items()}
         bar.set_postfix(short, refresh=False)

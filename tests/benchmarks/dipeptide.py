@@ -85,7 +85,8 @@ def moves(options: argparse.Namespace) -> dict[str, Any]:
             phi[i] = phi_of(context)
         statistics = sampler.statistics
     inside = phi_basin(phi)
-    energies = options.rounds * options.md_steps + statistics["n_energies"]
+    # two more a round: the comparison of the clones with the Context
+    energies = options.rounds * (options.md_steps + 2) + statistics["n_energies"]
     value, error = chain_state_difference(~inside, inside)
     return {
         "rounds": options.rounds,
@@ -121,7 +122,7 @@ def tempering(options: argparse.Namespace) -> dict[str, Any]:
     with ContextPool(context_of(molecule), platform="Reference") as pool:
         target = Target(molecule.flow.coordinates, pool, TEMPERATURE)
         log_w = frame_log_weights(molecule.flow, molecule.flow.coordinates, target, found.positions[trans])
-    value, error = chain_state_difference(~inside, inside)
+    value, error = chain_state_difference(~inside[trans], inside[trans], chains=found.ladder[trans])
     return {
         "frames_all": len(inside),
         "passages": int(sum(np.count_nonzero(s[1:] != s[:-1]) for s in series)),
@@ -129,7 +130,7 @@ def tempering(options: argparse.Namespace) -> dict[str, Any]:
         "delta_f": value,
         "delta_f_error": error,
         "cis_frames": int((~trans).sum()),
-    } | forward_figures(log_w)
+    } | forward_figures(*log_w)
 
 
 def md(options: argparse.Namespace) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def test_documented_arrows_keep_the_rules() -> None:
     assert table["flow"] == {"errors"}
     assert table["coordinates"] == {"errors", "flow"}
     assert table["moves"] == {"errors"}
-    for room in ("flow", "coordinates", "energy", "weights", "moves", "artifact", "sampler", "data"):
+    for room in ("flow", "coordinates", "energy", "weights", "moves", "artifact", "sampler", "data", "mcmc", "replica"):
         assert not table[room] & {"training", "simulate", "demo", "cli"}
     assert not table["energy"] & {"flow", "sampler", "training"}
 
@@ -158,7 +158,9 @@ def test_openmmtools_stays_in_mcmc_and_demo() -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_heavy_imports_wait_for_their_use(path: Path) -> None:
-    assert not {top(name) for name in imports(path, module_level=True)} & set(HEAVY)
+    # The class of `mcmc` has its base in openmmtools, and nobody imports that room without wanting openmmtools.
+    allowed = {"openmmtools"} if room_of(path) == "mcmc" else set()
+    assert not {top(name) for name in imports(path, module_level=True)} & set(HEAVY) - allowed
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -56,6 +56,15 @@ def test_metropolis_moves(tmp_path: Path) -> None:
     assert 0 < int(found[1]) <= 80
 
 
+@needs_artifact
+def test_openmmtools_move(tmp_path: Path) -> None:
+    output = run(tmp_path, "openmmtools_move.py", "--iterations", "10", "--proposals", "4")
+    found = re.search(r"accepted (\d+) of (\d+) moves at 300 K", output)
+    assert found is not None
+    assert int(found[2]) == 40
+    assert 0 < int(found[1]) <= 40
+
+
 def glycine_dipeptide() -> tuple[Any, Any]:
     """Topology and rough positions of ACE-GLY-NME, cut out of alanine dipeptide."""
     from openmm import app

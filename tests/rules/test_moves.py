@@ -187,6 +187,7 @@ def check_base_is_invariant(kappa_given):
             generator,
             circular=[True, True, False],
             concentration=[0.0, kappa_given, 0.0],
+            fold=[1, 1, 1],
             a=0.7,
             width=1.2,
         )
@@ -216,7 +217,7 @@ def test_latent_proposal_keeps_the_base():
 def test_latent_proposal_about_other_centres_and_scales():
     """Under μ, σ of the user's own the proposal is the standard one, shifted and scaled."""
     z = np.random.default_rng(3).normal(size=(50, 2))
-    common = {"circular": [False, False], "concentration": [0.0, 0.0], "a": 0.4, "width": 1.0}
+    common = {"circular": [False, False], "concentration": [0.0, 0.0], "fold": 1, "a": 0.4, "width": 1.0}
     plain = moves.latent_proposal(z, rng(), **common)
     moved = moves.latent_proposal(z * 2.0 + 5.0, rng(), mean=5.0, scale=2.0, **common)
     np.testing.assert_allclose(moved, plain * 2.0 + 5.0)
@@ -235,7 +236,7 @@ def test_latent_proposal_about_other_centres_and_scales():
     ],
 )
 def test_latent_proposal_refuses(wrong):
-    good = {"circular": [True, False], "concentration": [0.0, 0.0], "a": 0.5, "width": 0.5}
+    good = {"circular": [True, False], "concentration": [0.0, 0.0], "fold": 1, "a": 0.5, "width": 0.5}
     with pytest.raises(InputError):
         moves.latent_proposal(np.zeros((4, 2)), rng(), **{**good, **wrong})
 
@@ -279,3 +280,23 @@ def test_the_rules_import_neither_openmm_nor_torch():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("fold_given, right", [(3, True), (1, False)])
+def test_latent_proposal_keeps_a_folded_base(fold_given, right):
+    """Under exp(κ cos 3z) the mean of cos 3z stays where it was, and drifts if the fold is forgotten."""
+    kappa, n = 2.5, 40_000
+    stream = np.random.default_rng(5)
+    z = (stream.vonmises(0.0, kappa, n) + 2.0 * np.pi * stream.integers(0, 3, n)) / 3.0
+    z = np.mod(z + np.pi, 2.0 * np.pi) - np.pi
+    before = np.cos(3.0 * z)
+    z = z[:, None]
+    for _ in range(20):
+        z = moves.latent_proposal(
+            z, stream, circular=[True], concentration=[kappa], fold=[fold_given], a=0.5, width=0.6
+        )
+    after = np.cos(3.0 * z[:, 0])
+    score = (after.mean() - before.mean()) / np.hypot(after.std(), before.std()) * np.sqrt(n)
+    print(score, n)
+    assert (abs(score) < 4.0) == right

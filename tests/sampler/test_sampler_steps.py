@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
-import torch  # noqa: F401  (before openmm)
+import torch
 
 import openmm_bg as bg
+from openmm_bg import moves
+from openmm_bg.energy import thermal_energy
 from openmm_bg.free_energy import statistical_inefficiency
 from openmm_bg.simulate import torsion_angle
 
@@ -146,6 +148,101 @@ def test_nan_positions_are_refused_before_anything_moves(dipeptide, make_context
     context.setPositions(x)
     with pytest.raises(ValueError, match=r"positions|energy"):
         sampler.step(1)
+
+
+@pytest.mark.parametrize("n_proposals, rule", [(1, "independence_chain"), (3, "multiple_proposal_chain")])
+def test_the_weights_of_a_step_are_the_formulas(dipeptide, make_context, make_sampler, monkeypatch, n_proposals, rule):
+    """log w of the current state and of every proposal, recomputed from positions alone; and who is chosen moves."""
+    monkeypatch.setattr("openmm_bg.sampler.CHUNK", 8)
+    context = make_context()
+    context.getIntegrator().step(100)
+    sampler = make_sampler(context, n_proposals=n_proposals)
+    calls, batches = [], []
+    genuine_rule, genuine_energies = getattr(moves, rule), sampler.pool.energies
+
+    def spy_rule(current, proposed, rng):
+        index, info = genuine_rule(current, proposed, rng)
+        calls.append((current, np.array(proposed), np.array(index)))
+        return index, info
+
+    def spy_energies(positions):
+        energies = genuine_energies(positions)
+        batches.append((torch.as_tensor(positions).numpy().copy(), energies))
+        return energies
+
+    monkeypatch.setattr(moves, rule, spy_rule)
+    monkeypatch.setattr(sampler.pool, "energies", spy_energies)
+    report = sampler.step(20)
+    plain = make_context()
+    kt = thermal_energy(300.0)
+
+    def log_w(x):
+        plain.setPositions(x)
+        u = plain.getState(energy=True).getPotentialEnergy()._value / kt
+        y, s = dipeptide.flow.to_internal(x)
+        return float(-u + dipeptide.flow.coordinates.log_volume(y, s) - dipeptide.flow.log_prob(y).detach())
+
+    (first, *rest), here = batches, None
+    assert len(first[0]) == 1 and len(rest) == len(calls) > 1
+    here = first[0][0]
+    for (current, proposed, index), (positions, _) in zip(calls, rest, strict=True):
+        assert proposed.size == len(positions) == len(index) * n_proposals
+        assert float(current) == pytest.approx(log_w(here), abs=1e-3)  # float32 networks
+        for value, x in zip(proposed.reshape(-1), positions, strict=True):
+            assert value == pytest.approx(log_w(x), abs=1e-3)
+        if index[-1] >= 0:
+            here = positions[index[-1]]
+    assert report["n_proposed"] == 20 and np.array_equal(snapshot(context)[0], here)
+
+
+def test_a_proposal_outside_the_domain_weighs_nothing(dipeptide, make_context, make_sampler, monkeypatch):
+    """θ > π describes the same positions as another θ: decided before q → x, or it would be folded back in."""
+    sampler = make_sampler(make_context())
+    angle = next(k for k, c in enumerate(c for c in sampler.coordinates.coordinates if c.modelled) if c.kind == "angle")
+    genuine = sampler._draw
+
+    def folded(n):
+        y, log_q = genuine(n)
+        y[:, angle] = 2.0 * np.pi - y[:, angle]
+        return y, log_q
+
+    monkeypatch.setattr(sampler, "_draw", folded)
+    assert sampler.step(30)["n_accepted"] == 0
+    assert np.isneginf(sampler.sample(30).log_weights).all()
+
+
+def test_constraints_and_masses_are_followed_after_reinitialize(dipeptide, make_context, make_sampler):
+    context = make_context(openmm.XmlSerializer.deserialize(openmm.XmlSerializer.serialize(dipeptide.system)))
+    sampler = make_sampler(context, seed=3)
+    before = sampler.sample(50)
+    system = context.getSystem()
+    for i, atom in enumerate(dipeptide.topology.atoms()):
+        if atom.element.symbol == "H":
+            system.setParticleMass(i, 3.0)
+    context.reinitialize(preserveState=True)
+    fresh = make_sampler(context, seed=3).sample(50)
+    again = make_sampler(seed=3)
+    again.context, again.pool = context, sampler.pool
+    heavy = again.sample(50)
+    np.testing.assert_allclose(heavy.log_weights, fresh.log_weights, atol=1e-9)
+    assert np.abs(heavy.log_weights - before.log_weights).max() > 1e-3
+    a, b, d = system.getConstraintParameters(0)
+    system.setConstraintParameters(0, a, b, d._value + 0.01)
+    context.reinitialize(preserveState=True)
+    with pytest.raises(ValueError, match="another force field's lengths"):
+        sampler.sample(5)
+
+
+def test_a_changed_temperature_of_the_integrator_is_followed(make_context, make_sampler):
+    context = make_context()
+    sampler = make_sampler(context)
+    sampler.step(1)
+    context.getIntegrator().setTemperature(450.0)
+    sampler.step(1)
+    assert sampler.temperature == 450.0
+    fixed = make_sampler(context, temperature=320.0)
+    fixed.step(1)
+    assert fixed.temperature == 320.0
 
 
 def run_chain(dipeptide, rounds, seed, moves=True, n_proposals=1, temperature=300.0):

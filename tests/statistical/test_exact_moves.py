@@ -110,6 +110,7 @@ def check_latent(toy, setting, broken=None, kappa=0.7):
             chains.rng,
             circular=chains.flow.circular,
             concentration=chains.flow.concentration * (broken != "plain walk"),
+            fold=1,
             a=0.6,
             width=1.0,
         )

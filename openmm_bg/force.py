@@ -1,0 +1,221 @@
+"""`FlowForce`: the flow's own potential as an OpenMM force, so that MD under it samples the flow (docs/theory.md).
+
+OpenMM pickles the function behind a ``PythonForce`` whenever a System is copied or written. A network has no place in
+that: `FlowPotential` carries the artifact's path and sha256, and every process reads each artifact once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only then)
+
+from openmm_bg.artifact import Flow, load
+from openmm_bg.energy import thermal_energy
+from openmm_bg.errors import ArtifactError, InputError
+
+#: How far a length that the flow does not model may be from its constrained value, nm: far more than a minimiser's soft
+#: constraints or rounded coordinates need, and soon exceeded where nothing holds the length.
+LENGTH_SLACK = 0.01
+
+_flows: dict[str, Flow] = {}  # by sha256: the same bytes are the same flow, wherever they lie
+_lock = threading.Lock()
+
+
+def FlowForce(
+    path: str | os.PathLike[str] | Flow, temperature: Any, parameter: str = "flow_scale"
+) -> openmm.PythonForce:
+    """A force whose potential is ``-kT (log q(y) - log J - Φ)`` times a global parameter.
+
+    MD at ``temperature`` under this force alone samples the flow. The System must have the masses and constraints
+    that the flow was trained with: they make up Φ, and nothing else holds the constrained lengths.
+
+    Parameters
+    ----------
+    path
+        Artifact of a `full` flow.
+    temperature
+        K or Quantity: kT of the potential.
+    parameter
+        Name of the global parameter, 1 by default, that multiplies energy and forces:
+        ``context.setParameter("flow_scale", 0.5)``. It has no energy derivative, for a PythonForce has none.
+
+    Returns
+    -------
+    openmm.PythonForce
+        Computed on the CPU, log q, log J and Φ in float64. It acts on all particles; in a larger System name the
+        molecule's with ``setParticles``. XML and copies of the System hold the artifact's path and sha256, not the
+        flow, in a pickle: read only XML that you trust.
+
+    Raises
+    ------
+    ArtifactError
+        The artifact cannot be read. In MD, as an OpenMMException: in a process that has not read it yet, the file
+        has vanished or changed.
+    InputError
+        The flow is `reduced`; a bad temperature or parameter name. In MD, as an OpenMMException: another number of
+        particles, or kept lengths that the System does not constrain.
+
+    Notes
+    -----
+    Where q = 0 (another chirality or amide isomer, a domain's edge) the energy is +inf, also in sums with other
+    forces, and Metropolis tests on it reject. MD does not crash there: the forces are those of the flow's density
+    continued past its edge, whose tails lead back, or zero where these are not finite. Frames with an infinite energy
+    are no samples of the flow. NaN positions give NaN, as with OpenMM's own forces.
+
+    Examples
+    --------
+    >>> import openmm_bg as bg
+    >>> from importlib.resources import files
+    >>> system = bg.load_alanine_dipeptide().system
+    >>> for index in reversed(range(system.getNumForces())):
+    ...     system.removeForce(index)
+    >>> system.addForce(bg.FlowForce(files("openmm_bg.data") / "alanine_dipeptide.bg", 300))
+    0
+    """
+    if isinstance(path, Flow):
+        raise InputError("FlowForce needs the artifact's path, not a Flow: write it with flow.save() first.")
+    if not isinstance(parameter, str) or not parameter:
+        raise InputError(f"The name of the global parameter must be a non-empty string, not {parameter!r}.")
+    kT = thermal_energy(temperature)
+    file = Path(path).absolute()
+    flow, digest = _read(file)
+    kept = [c for c in flow.coordinates.coordinates if not (c.modelled or c.constrained)]
+    if kept:
+        raise InputError(
+            f"{file} holds a {flow.representation!r} flow, which says nothing of {len(kept)} coordinates: its force "
+            "needs a completion, their density given the rest, which is not in this version, so train with "
+            "representation='full'."
+        )
+    _flows.setdefault(digest, flow)
+    force = openmm.PythonForce(FlowPotential(str(file), digest, kT, parameter), {parameter: 1.0})
+    force.setName("FlowForce")
+    return force
+
+
+@dataclass(frozen=True)
+class FlowPotential:
+    """The function behind `FlowForce`: picklable, a few hundred bytes.
+
+    Parameters
+    ----------
+    path, sha256
+        The artifact, and what must be in it.
+    kT
+        kJ/mol.
+    parameter
+        Name of the global parameter that scales the potential.
+    """
+
+    path: str
+    sha256: str
+    kT: float
+    parameter: str
+
+    @property
+    def flow(self) -> Flow:
+        """The flow, read once per process.
+
+        Raises
+        ------
+        ArtifactError
+            The file has vanished, or is another one now.
+        """
+        found = _flows.get(self.sha256)
+        if found is not None:
+            return found
+        with _lock:
+            if self.sha256 not in _flows:
+                flow, digest = _read(Path(self.path))
+                if digest != self.sha256:
+                    raise ArtifactError(
+                        f"{self.path} has changed since its FlowForce was made: restore it, or make the force anew."
+                    )
+                _flows[self.sha256] = flow
+        return _flows[self.sha256]
+
+    def log_density(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """log q - log J - Φ [B] at positions [B, N, 3] (nm), float64, and whether they are inside the domain [B].
+
+        Raises
+        ------
+        InputError
+            Another number of atoms; kept lengths that are not those of the flow's constraints.
+        """
+        flow = self.flow
+        coordinates = flow.coordinates
+        if positions.shape[1:] != (coordinates.n_atoms, 3):
+            raise InputError(
+                f"The flow has {coordinates.n_atoms} atoms, FlowForce got {positions.shape[1]} particles: "
+                "name the molecule's with setParticles()."
+            )
+        y, s = coordinates.to_internal(positions)
+        if coordinates.n_fixed:
+            off = float((s.detach() - coordinates.reference_fixed).abs().max())
+            if off > LENGTH_SLACK:
+                raise InputError(
+                    f"A bond length that the flow keeps fixed is {off:.3f} nm off: give the System the constraints "
+                    "that the flow was trained with."
+                )
+        log_p = flow.log_prob(y).double() - coordinates.log_volume(y, s)
+        return log_p, coordinates.in_domain(y, s)
+
+    def energy_and_forces(self, positions: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Unscaled energies [B] (kJ/mol) and forces [B, N, 3] (kJ/mol/nm) at positions [B, N, 3] (nm)."""
+        known = np.isfinite(positions).all(axis=(1, 2))
+        energies, forces = np.full(len(positions), np.nan), np.full(positions.shape, np.nan)
+        if not known.any():
+            return energies, forces
+        # A caller may run MD inside torch.no_grad(). TorchScript's profiling executor would recompile for seconds
+        # during the first steps and gain nothing on small batches.
+        with torch.inference_mode(False), torch.enable_grad(), torch.jit.optimized_execution(False):
+            x = torch.tensor(positions[known], dtype=torch.float64, requires_grad=True)
+            log_p, inside = self.log_density(x)
+            (slope,) = torch.autograd.grad(log_p.sum(), x)
+        value = -self.kT * log_p.detach().numpy()
+        force = self.kT * slope.numpy()
+        good = inside.numpy() & np.isfinite(value) & np.isfinite(force).all(axis=(1, 2))
+        energies[known] = np.where(good, value, np.inf)
+        forces[known] = np.nan_to_num(force, nan=0.0, posinf=0.0, neginf=0.0)
+        return energies, forces
+
+    def __call__(self, state: openmm.State) -> tuple[float, NDArray[np.float64]]:
+        """What OpenMM calls: scaled energy and forces [N, 3] of a State."""
+        positions = np.asarray(state.getPositions(asNumpy=True)._value, dtype=np.float64)
+        scale = state.getParameters()[self.parameter]
+        if scale == 0.0:  # 0 * inf is no energy
+            return 0.0, np.zeros_like(positions)
+        energies, forces = self.energy_and_forces(positions[None])
+        energy = float(energies[0])
+        # Forbidden stays forbidden under a negative scale, too.
+        return energy if energy == float("inf") else scale * energy, scale * forces[0]
+
+
+def _read(path: Path) -> tuple[Flow, str]:
+    """The flow in a file, and the file's sha256 afterwards: a file replaced in between has the wrong one."""
+    before = _digest(path)
+    if before in _flows:
+        return _flows[before], before
+    flow = load(path)
+    after = _digest(path)
+    if before != after:
+        raise ArtifactError(f"{path} was being replaced while it was read: try again.")
+    return flow, after
+
+
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        reason = error.strerror or error
+        raise ArtifactError(f"There is no flow at {path} ({reason}): FlowForce reads it there.") from error
