@@ -30,7 +30,7 @@ from openmm_bg.analysis.torsions import phi_basin
 from openmm_bg.demo import PHI, TEMPERATURE, DemoSettings, draw, is_trans, make_data
 from openmm_bg.energy import ContextPool, Target, thermal_energy
 from openmm_bg.simulate import temperature_ladder, tempered_md, torsion_angle
-from openmm_bg.training import TrainingConfig
+from openmm_bg.training import LossWeights, Stage, TrainingConfig
 
 import openmm  # isort: skip
 
@@ -38,9 +38,20 @@ POPULATION = 0.05
 
 
 def configuration(minutes: float, seed: int) -> TrainingConfig:
-    """The "cpu" preset, with a longer second stage."""
+    """The "cpu" preset with a longer second stage, and a third one that a likelihood of reweighted samples joins.
+
+    The variance loss clips its residuals, so that the few samples far below their due density are left to the third.
+    """
     config = TrainingConfig.preset("cpu").model_dump()
     config["stages"][-1]["seconds"] = 60.0 * minutes
+    coverage = Stage(
+        name="coverage",
+        losses=LossWeights(variance=1.0, buffer=0.5),
+        seconds=15.0 * minutes,
+        learning_rate=3e-4,
+        warmup_steps=200,
+    )
+    config["stages"].append(coverage.model_dump())
     return TrainingConfig.load({**config, "seed": seed, "validate_every": 1000})
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import logging
 import os
@@ -230,19 +231,22 @@ class Flow:
             **self.metadata,
         }
         self.density.eval()
+        # Through memory: torch's own file writer ends the process when the disk is full.
+        buffer = io.BytesIO()
         temporary = None
         try:
-            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as handle:
-                temporary = handle.name
             with _quiet_torchscript():
                 scripted = (
                     self.density
                     if isinstance(self.density, torch.jit.ScriptModule)
                     else torch.jit.script(self.density)
                 )
-                torch.jit.save(scripted, temporary, _extra_files={_EXTRA: json.dumps(metadata)})
-            with open(temporary, "rb") as written:
-                os.fsync(written.fileno())
+                torch.jit.save(scripted, buffer, _extra_files={_EXTRA: json.dumps(metadata)})
+            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as handle:
+                temporary = handle.name
+                handle.write(buffer.getvalue())
+                handle.flush()
+                os.fsync(handle.fileno())
             os.chmod(temporary, 0o644)
             os.replace(temporary, target)
         except (OSError, RuntimeError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import openmm  # isort: skip
 
 from openmm_bg.artifact import load
+from openmm_bg.energy import make_context
 from openmm_bg.errors import InputError
 from openmm_bg.sampler import BoltzmannGeneratorSampler
 
@@ -49,15 +51,15 @@ def sample_to_files(
     """
     if n < 1:
         raise InputError(f"The number of samples must be at least 1, got {n}.")
-    if output.suffix.lower() not in (".dcd", ".xtc", ".h5", ".pdb", ".nc"):
-        raise InputError(f"{output} has no ending of a trajectory format: use .dcd, .xtc, .h5, .nc or .pdb.")
+    if output.suffix.lower() not in (".dcd", ".xtc", ".nc", ".pdb"):
+        raise InputError(f"{output} has no ending of a trajectory format: use .dcd, .xtc, .nc or .pdb.")
     if not output.parent.is_dir():
         raise InputError(f"There is no folder {output.parent}.")
+    if not os.access(output.parent, os.W_OK):
+        raise InputError(f"The folder {output.parent} cannot be written: choose another one for {output.name}.")
     flow = load(flow_file)
     system = flow.system if system_file is None else read_system(system_file)
-    context = openmm.Context(
-        system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference")
-    )
+    context = make_context(system)
     # Any frame with the right lengths will do: the reference point of the flow's own coordinates.
     centre = torch.tensor(flow.coordinates.layout.shift, dtype=torch.float64)
     fold = torch.tensor(flow.coordinates.layout.fold, dtype=torch.float64)
@@ -78,7 +80,10 @@ def sample_to_files(
     arrays = output.with_suffix(".npz")
     part = arrays.with_name(f".part-{arrays.name}")
     try:
-        trajectory.save(str(temporary))
+        try:
+            trajectory.save(str(temporary))
+        except Exception as error:  # MDTraj's writers raise what they like on a full disk
+            raise OSError(f"MDTraj could not write it ({type(error).__name__}; is the disk full?)") from error
         with open(part, "wb") as handle:
             np.savez(
                 handle,
@@ -96,7 +101,8 @@ def sample_to_files(
         raise InputError(f"Cannot write {output}: {error.strerror or error}.") from error
     finally:
         for path in (temporary, part):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
     return f"{ensemble!r}\nWrote {keep.sum()} frames to {output} and their weights to {arrays}."
 
 

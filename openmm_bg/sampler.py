@@ -86,8 +86,12 @@ class BoltzmannGeneratorSampler:
         platform: str | None = None,
         n_workers: int | None = None,
     ) -> None:
-        if n_proposals < 1:
-            raise InputError(f"n_proposals must be at least 1, got {n_proposals}.")
+        _require_count("n_proposals", n_proposals)
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0):
+            raise InputError(f"The seed must be a whole number of at least 0, got {seed!r}.")
+        if not isinstance(context, openmm.Context):
+            kind = type(context).__name__
+            raise InputError(f"The sampler needs an openmm.Context (simulation.context), got a {kind}.")
         self.flow = flow if isinstance(flow, Flow) else load(flow)
         self.context = context
         self._asked_temperature = temperature
@@ -183,13 +187,16 @@ class BoltzmannGeneratorSampler:
         EnergyError
             The Context no longer has the energies of its System.
         """
-        if n < 1:
-            raise InputError(f"The number of samples must be at least 1, got {n}.")
+        _require_count("The number of samples", n)
         self._follow()
         self._refuse_sampling()
         self._require_invariance()
-        positions = np.empty((n, self.coordinates.n_atoms, 3))
-        reduced, log_q, log_weights = np.empty(n), np.empty(n), np.empty(n)
+        try:
+            positions = np.empty((n, self.coordinates.n_atoms, 3))
+            reduced, log_q, log_weights = np.empty(n), np.empty(n), np.empty(n)
+        except MemoryError:
+            size = n * (self.coordinates.n_atoms * 3 + 3) * 8 / 1024**3
+            raise InputError(f"{n} samples take {size:.3g} GiB, more than there is: draw them in parts.") from None
         s = self.coordinates.reference_fixed
         for start in range(0, n, CHUNK):
             stop = min(n, start + CHUNK)
@@ -282,8 +289,7 @@ class BoltzmannGeneratorSampler:
         EnergyError
             Not one of the n samples has a finite energy.
         """
-        if n < 1:
-            raise InputError(f"The number of samples must be at least 1, got {n}.")
+        _require_count("The number of samples", n)
         self._follow()
         self._refuse_sampling()
         self._require_invariance()
@@ -326,8 +332,7 @@ class BoltzmannGeneratorSampler:
         EnergyError
             The Context no longer has the energies of its System.
         """
-        if n < 1:
-            raise InputError(f"The number of steps must be at least 1, got {n}.")
+        _require_count("The number of steps", n)
         before = self.pool.n_energies
         self._follow()
         current = torch.from_numpy(_context_positions(self.context))
@@ -398,6 +403,13 @@ class BoltzmannGeneratorSampler:
 
 
 # -------------------------------------------------------------------- the sampler's input, checked
+
+
+def _require_count(name: str, n: Any) -> None:
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
+        raise InputError(f"{name} must be a whole number, got {n!r}.")
+    if n < 1:
+        raise InputError(f"{name} must be at least 1, got {n}.")
 
 
 def _target_temperature(temperature: Any, context: openmm.Context) -> float:

@@ -8,6 +8,7 @@ weighed against; `regularise_energy` tames energies for training, and for traini
 from .pool import ContextPool
 from .reduced import BOLTZMANN, reduced_energy, thermal_energy
 from .regulariser import regularise_energy
+from .snapshot import make_context
 from .target import Target
 from .tuning import Tuning, tune
 
@@ -16,6 +17,7 @@ __all__ = [
     "ContextPool",
     "Target",
     "Tuning",
+    "make_context",
     "reduced_energy",
     "regularise_energy",
     "thermal_energy",

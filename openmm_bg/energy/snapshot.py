@@ -166,3 +166,19 @@ def energy_tolerance(
     magnitude = float(np.abs(group_energies).sum())
     rounding = state.force_work + LARGEST_TERM * len(state.positions)
     return fraction * magnitude + 8.0 * epsilon * rounding
+
+
+def make_context(system: openmm.System, platform: openmm.Platform | None = None) -> openmm.Context:
+    """A Context that holds a System for energies, on Reference unless told otherwise.
+
+    Raises
+    ------
+    InputError
+        OpenMM refuses the System (a barostat without a periodic box, say).
+    """
+    chosen = openmm.Platform.getPlatformByName("Reference") if platform is None else platform
+    try:
+        return openmm.Context(system, openmm.VerletIntegrator(0.001), chosen)
+    except openmm.OpenMMException as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise InputError(f"OpenMM cannot make a Context of the System: {reason}.") from error

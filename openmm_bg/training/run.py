@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import logging
 import os
 import platform as machine
@@ -17,7 +18,7 @@ from openmm import unit  # isort: skip
 
 from openmm_bg.artifact import Flow, compress_text, topology_to_dict
 from openmm_bg.coordinates import CoordinateMap, MoleculeGraph, read_constraints
-from openmm_bg.energy import ContextPool, Target, thermal_energy
+from openmm_bg.energy import ContextPool, Target, make_context, thermal_energy
 from openmm_bg.errors import InputError
 from openmm_bg.flow import build_flow
 from openmm_bg.training.config import TrainingConfig
@@ -106,7 +107,7 @@ def train(
         raise InputError(f"log_weights has shape {log_w.shape}, but the trajectory has {len(positions)} frames.")
     coordinates = CoordinateMap.fit(topology, positions, constraints, representation)
     dataset = make_dataset(coordinates, positions, log_w, keep_positions=any(s.losses.w2 for s in config.stages))
-    context = openmm.Context(system, openmm.VerletIntegrator(0.001), *_platform(platform))
+    context = make_context(system, *_platform(platform))
     context.setPositions(positions[0].astype(np.float64))
     density = build_flow(coordinates.layout, config.flow, seed=config.seed)
     with ContextPool(context, platform=platform, n_workers=n_workers) as pool:
@@ -119,6 +120,7 @@ def train(
             backbone_atoms=_backbone_chain(graph),
             directory=directory,
             progress=progress,
+            identity=_identity(system, kelvin),
         )
         sample = dataset.y[: config.batch_size].float()
         with fastest_threads(lambda: _trial_step(density, sample)):
@@ -248,6 +250,12 @@ def _check_bonds(positions: np.ndarray, graph: MoleculeGraph) -> None:
 def _backbone_chain(graph: MoleculeGraph) -> list[int]:
     """Atoms whose distances the W2 loss compares: N, CA and C in the order of the chain."""
     return [atom for atom, flag in enumerate(graph.backbone()) if flag]
+
+
+def _identity(system: openmm.System, kelvin: float) -> str:
+    """What a resumed run must share besides data and configuration."""
+    text = openmm.XmlSerializer.serialize(system)
+    return f" {kelvin:g} K {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def _trial_step(density: torch.nn.Module, y: torch.Tensor) -> None:

@@ -62,6 +62,8 @@ class Trainer:
         For checkpoints and ``losses.csv``; nothing is written without it.
     progress
         Show progress bars.
+    identity
+        Whatever else a resumed run must share with its checkpoint: the System and the temperature, say.
 
     Attributes
     ----------
@@ -91,6 +93,7 @@ class Trainer:
         backbone_atoms: Any = None,
         directory: str | os.PathLike[str] | None = None,
         progress: bool = True,
+        identity: str = "",
     ) -> None:
         self.config = TrainingConfig.load(config)
         self.density = density
@@ -106,7 +109,7 @@ class Trainer:
                 f"The flow models {n_features} coordinates and the training data have {dataset.n_modelled}, "
                 "use the coordinates that the flow was built for."
             )
-        self._fingerprint = dataset.fingerprint()
+        self._fingerprint = dataset.fingerprint() + identity
         train, validation = dataset.split(
             self.config.validation_fraction, self.config.validation_blocks, self.config.seed
         )

@@ -27,6 +27,8 @@ import numpy as np
 import torch, openmm
 from openmm_bg.energy import ContextPool
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
+
 def make_pool(name):
     system, force = openmm.System(), openmm.NonbondedForce()
     x = np.stack(np.meshgrid(*[np.arange(10) * 0.2] * 3), -1).reshape(-1, 3)

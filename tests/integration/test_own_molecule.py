@@ -186,6 +186,13 @@ def test_interrupted_training_resumes_and_a_finished_one_is_not_overwritten(file
     assert (trained / "losses.csv").read_bytes() == before
 
 
+def test_resume_with_another_target_is_refused(files, trained):
+    folder, *_ = files
+    before = (trained / "flow.bg").read_bytes()
+    one_sentence(command(folder, "-o", str(trained), "--resume", **{"--temperature": "400"}), "data")
+    assert (trained / "flow.bg").read_bytes() == before
+
+
 def one_sentence(result, *parts):
     lines = [line for line in result.output.splitlines() if line.startswith("Error:")]
     assert result.exit_code == 1 and len(lines) == 1 and "Traceback" not in result.output, result.output

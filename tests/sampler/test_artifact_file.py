@@ -13,6 +13,7 @@ import torch
 import openmm_bg as bg
 from openmm_bg.artifact import topology_digest, topology_from_dict, topology_to_dict
 from openmm_bg.errors import ArtifactError, InputError
+from openmm_bg.weights import effective_sample_size
 
 SHIPPED = files("openmm_bg.data") / "alanine_dipeptide.bg"
 
@@ -96,11 +97,10 @@ def test_a_full_disk_leaves_the_old_file(dipeptide, tmp_path, monkeypatch):
     path = tmp_path / "flow.bg"
     path.write_bytes(b"precious")
 
-    def full(module, target, _extra_files):
-        open(target, "wb").write(b"half of it")
+    def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch.jit, "save", full)
+    monkeypatch.setattr("openmm_bg.artifact.os.fsync", full)
     with pytest.raises(ArtifactError, match=r"Cannot write .*flow\.bg: .*No space left"):
         dipeptide.flow.save(path)
     assert path.read_bytes() == b"precious"
@@ -119,7 +119,16 @@ def test_positions_are_checked(dipeptide):
         dipeptide.flow.to_internal(bad)
 
 
-def test_shipped_file_is_small_and_says_what_it_reached(dipeptide):
+@pytest.mark.statistical
+def test_shipped_file_is_small_and_its_figures_are_true(dipeptide, make_sampler):
+    """The figures in the metadata are those of fresh samples, within four standard errors of both."""
     assert len(SHIPPED.read_bytes()) <= 5 * 1024**2
     figures = dipeptide.flow.metadata["figures"]
-    assert figures["ess"] >= 0.85 and figures["khat"] < 0.5
+    ensemble = make_sampler(seed=77).sample(10_000)
+    # ESS = (mean w)² / mean w²: its error from blocks of independent samples
+    blocks = [effective_sample_size(part) for part in np.split(ensemble.log_weights, 20)]
+    error = np.std(blocks, ddof=1) / np.sqrt(len(blocks))
+    print(ensemble.ess, figures["ess"], error)
+    assert abs(ensemble.ess - figures["ess"]) < 4.0 * error
+    assert figures["khat"] < 0.5 and ensemble.khat < 0.7
+    assert {"ess_inside", "ess_outside", "forward_ess", "acceptance", "date", "machine"} <= figures.keys()

@@ -284,3 +284,25 @@ def test_force_parameters_that_changed_are_followed(dipeptide, make_context, mak
     assert not np.allclose(after.reduced_potentials, before.reduced_potentials, atol=1e-3)
     u = plain_energies(context, again.positions) / KT
     np.testing.assert_allclose(again.reduced_potentials, u, atol=1e-6)
+
+
+def test_slips_of_type_are_one_sentence(dipeptide, make_context, make_sampler):
+    sampler = make_sampler()
+    for call in (sampler.sample, sampler.step, sampler.reverse_kl):
+        for n in (1e3, 2.5, "7", True):
+            with pytest.raises(InputError, match="must be a whole number"):
+                call(n)
+    with pytest.raises(InputError, match="seed must be a whole number"):
+        make_sampler(seed=-1)
+    with pytest.raises(InputError, match=r"simulation\.context.*got a System"):
+        bg.BoltzmannGeneratorSampler(dipeptide.flow, dipeptide.system)
+
+
+def test_a_refused_system_is_one_sentence(dipeptide):
+    from openmm_bg.energy import make_context as make
+
+    def edit(system):
+        system.addForce(openmm.MonteCarloBarostat(1.0, 300.0))
+
+    with pytest.raises(InputError, match="cannot make a Context of the System: A barostat"):
+        make(changed(dipeptide.system, edit))
