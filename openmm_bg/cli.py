@@ -110,7 +110,14 @@ def train(
 @main.command()
 @click.argument("flow_file", type=click.Path(path_type=Path))
 @click.option("-n", "n_samples", type=int, default=10_000, show_default=True, help="Number of samples.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("out.dcd"), show_default=True)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("out.dcd"),
+    show_default=True,
+    help="Trajectory (.dcd, .xtc, .nc, .pdb); it and the .npz beside it are replaced if they exist.",
+)
 @click.option("--system", "system_file", type=click.Path(path_type=Path), help="Another System (XML) than the flow's.")
 @click.option("--temperature", type=float, help="Kelvin; default: the flow's.")
 @click.option("--seed", type=int, default=0, show_default=True)
