@@ -116,6 +116,7 @@ def test_another_axis_breaks_the_rule(molecule):
 
 
 SOFT = 8.0  # kJ/mol/rad²: the hydrogens roam about X
+N_CHAIN = 4000  # without Φ the chain below is then 7 σ off
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +157,11 @@ def bent_molecule():
     return topology, system, frames
 
 
-def expectations(m: CoordinateMap, with_fixman: bool) -> list[float]:
-    """Means of cos²(H-X-H) and cos θ_1 by quadrature of exp(-u) J √det Z over θ_1, θ_2 and the offset."""
+def expectations(m: CoordinateMap, with_fixman: bool, whole: bool) -> list[float]:
+    """Means of cos²(H-X-H) and cos θ_1 by quadrature of exp(-u) J √det Z over θ_1, θ_2 and the offset.
+
+    Over the whole circle of the offset, or over the sector in which `m` models it.
+    """
     theta = (np.arange(60) + 0.5) * math.pi / 60
     offset = (np.arange(60) + 0.5) * 2 * math.pi / 60
     grid = np.stack(np.meshgrid(theta, theta, offset, indexing="ij"), axis=-1).reshape(-1, 3)
@@ -172,17 +176,17 @@ def expectations(m: CoordinateMap, with_fixman: bool) -> list[float]:
     kt = 0.00831446261815324 * 300
     log_density = log_density - 0.5 * SOFT * ((grid[:, :2] - 1.9) ** 2).sum(1) / kt
     weight = np.exp(log_density - log_density.max())
+    if not whole:
+        weight *= m.in_domain(y, s).numpy()
     cosine = np.cos(grid[:, 0]) * np.cos(grid[:, 1]) + np.sin(grid[:, 0]) * np.sin(grid[:, 1]) * np.cos(grid[:, 2])
     return [float((weight * f).sum() / weight.sum()) for f in (cosine**2, np.cos(grid[:, 0]))]
 
 
-def deviations(bent_molecule, with_fixman: bool) -> np.ndarray:
-    """(MD mean - expectation) / error for cos²(H-X-H) and cos θ_1, errors by statistical inefficiency."""
+def z_scores(m: CoordinateMap, frames: np.ndarray, with_fixman: bool, whole: bool) -> np.ndarray:
+    """(Mean - expectation) / error for cos²(H-X-H) and cos θ_1, errors by statistical inefficiency."""
     from pymbar.timeseries import statistical_inefficiency
 
-    topology, system, frames = bent_molecule
-    m = CoordinateMap.fit(topology, frames, read_constraints(system, topology), "full")
-    expected = expectations(m, with_fixman)
+    expected = expectations(m, with_fixman, whole)
 
     def unit(v):
         return v / np.linalg.norm(v, axis=-1, keepdims=True)
@@ -197,11 +201,68 @@ def deviations(bent_molecule, with_fixman: bool) -> np.ndarray:
     return np.array(z)
 
 
-@pytest.mark.statistical
-def test_constrained_md_samples_sqrt_det_z(bent_molecule):
-    assert np.abs(deviations(bent_molecule, with_fixman=True)).max() < 4
+def fitted_map(bent_molecule) -> CoordinateMap:
+    topology, system, frames = bent_molecule
+    return CoordinateMap.fit(topology, frames, read_constraints(system, topology), "full")
 
 
 @pytest.mark.statistical
-def test_md_sees_a_missing_fixman_term(bent_molecule):
-    assert np.abs(deviations(bent_molecule, with_fixman=False)).max() > 6
+@pytest.mark.parametrize("with_fixman", [True, False])
+def test_constrained_md_samples_sqrt_det_z(bent_molecule, with_fixman):
+    """And a density without the term is seen to be wrong."""
+    z = np.abs(z_scores(fitted_map(bent_molecule), bent_molecule[2], with_fixman, whole=True)).max()
+    assert z < 4 if with_fixman else z > 6
+
+
+# ---------------------------------------------------------------- against a chain of formula D
+
+
+@pytest.fixture(scope="module")
+def partial_moves(bent_molecule):
+    """`chain(n)`: frames [n, 5, 3] of a `BoltzmannGeneratorSampler` in `full`, two steps of formula D apart, no MD."""
+    from openmm_bg import BoltzmannGeneratorSampler
+    from openmm_bg.artifact import Flow, compress_text, topology_to_dict
+    from openmm_bg.flow import FlowConfig, build_flow
+
+    topology, system, frames = bent_molecule
+    m = fitted_map(bent_molecule)
+    config = FlowConfig(n_backbone_blocks=0, n_joint_blocks=2, hidden=4, n_hidden=0, linear="affine")
+    metadata = {
+        "temperature": 300.0,
+        "topology": topology_to_dict(topology),
+        "system": compress_text(openmm.XmlSerializer.serialize(system)),
+    }
+    flow = Flow(build_flow(m.layout, config), m, metadata)
+    start = frames[m.in_domain(*m.to_internal(torch.from_numpy(frames))).numpy()][-1]  # one of two mirror images
+
+    def chain(n: int) -> np.ndarray:
+        context = openmm.Context(
+            system, openmm.LangevinMiddleIntegrator(300, 1, 0.001), openmm.Platform.getPlatformByName("Reference")
+        )
+        context.setPositions(start)
+        x = np.empty((n, 5, 3))
+        sampler = BoltzmannGeneratorSampler(flow, context, seed=11, platform="Reference", n_workers=1)
+        try:
+            for i in range(n):
+                sampler.step(2)
+                x[i] = context.getState(positions=True).getPositions(asNumpy=True)._value
+            assert sampler.statistics["n_accepted"] > 0.2 * sampler.statistics["n_proposed"]
+        finally:
+            sampler.close()
+        return x
+
+    return chain
+
+
+@pytest.mark.statistical
+def test_partial_moves_sample_sqrt_det_z(bent_molecule, partial_moves):
+    """In `full` the constrained group's angles are modelled, so formula D must carry Φ."""
+    assert np.abs(z_scores(fitted_map(bent_molecule), partial_moves(N_CHAIN), with_fixman=True, whole=False)).max() < 4
+
+
+@pytest.mark.statistical
+def test_partial_moves_without_the_fixman_term_are_wrong(bent_molecule, partial_moves, monkeypatch):
+    monkeypatch.setattr(FixmanTerm, "forward", lambda self, theta, phi: torch.zeros_like(theta[:, 0]))
+    x = partial_moves(N_CHAIN)
+    monkeypatch.undo()
+    assert np.abs(z_scores(fitted_map(bent_molecule), x, with_fixman=True, whole=False)).max() > 6
