@@ -464,9 +464,7 @@ def anneal(
         n_steps=n_steps,
     )
     rng = np.random.default_rng(seed)
-    z, log_w, info = annealed_importance_sampling(
-        log_base, lambda z: evaluate(z)[0], sample, kernel, schedule, n, rng
-    )
+    z, log_w, info = annealed_importance_sampling(log_base, lambda z: evaluate(z)[0], sample, kernel, schedule, n, rng)
     _, log_det, reduced, positions = evaluate(z, keep=True)
     return (
         Ensemble(

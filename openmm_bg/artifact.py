@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 FORMAT = "openmm_bg flow"
 FORMAT_VERSION = 1
 _EXTRA = "metadata.json"
+_REQUIRED = ("temperature", "topology", "system")
 _METHODS = ("forward", "inverse", "log_prob", "sample")
 
 
@@ -180,7 +181,7 @@ class Flow:
 
     @property
     def representation(self) -> str:
-        """"full" or "reduced"."""
+        """ "full" or "reduced"."""
         return self.coordinates.representation
 
     @property
@@ -237,9 +238,7 @@ class Flow:
         try:
             with _quiet_torchscript():
                 scripted = (
-                    self.density
-                    if isinstance(self.density, torch.jit.ScriptModule)
-                    else torch.jit.script(self.density)
+                    self.density if isinstance(self.density, torch.jit.ScriptModule) else torch.jit.script(self.density)
                 )
                 torch.jit.save(scripted, buffer, _extra_files={_EXTRA: json.dumps(metadata)})
             with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as handle:
@@ -320,6 +319,9 @@ def load(path: str | os.PathLike[str], *, topology: Any = None) -> Flow:
         coordinates = CoordinateMap.from_dict(metadata["coordinates"])
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{path} holds incomplete metadata ({error}): export it again.") from error
+    missing = [key for key in _REQUIRED if key not in metadata]
+    if missing:
+        raise ArtifactError(f"{path} holds incomplete metadata (no {missing[0]}): export it again.")
     flow = Flow(density, coordinates, {k: v for k, v in metadata.items() if k != "coordinates"})
     if topology is not None:
         flow.check_topology(topology)

@@ -69,9 +69,7 @@ def sample_to_files(
         )
     context.setPositions(flow.to_positions((centre / fold)[None])[0].numpy())
     kelvin = flow.temperature if temperature is None else temperature
-    with BoltzmannGeneratorSampler(
-        flow, context, kelvin, seed=seed, platform=platform, n_workers=n_workers
-    ) as sampler:
+    with BoltzmannGeneratorSampler(flow, context, kelvin, seed=seed, platform=platform, n_workers=n_workers) as sampler:
         ensemble = sampler.sample(n)
     trajectory = ensemble.to_mdtraj()
     keep = np.isfinite(ensemble.log_weights)

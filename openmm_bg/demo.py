@@ -282,9 +282,7 @@ def run_demo(output: str | Path, settings: DemoSettings | None = None, progress:
     flow.metadata["training"]["well_kJ_mol"] = data.well.depth
     flow.save(output / "flow.bg")
     md_value = tempered_difference(data.trajectory)
-    ensemble, balanced, n_sampling = timed(
-        "sampling", lambda: draw(flow, data, settings.n_samples, settings.seed + 1)
-    )
+    ensemble, balanced, n_sampling = timed("sampling", lambda: draw(flow, data, settings.n_samples, settings.seed + 1))
     chain: Chain = timed("MD + moves", lambda: run_chain(flow, data, settings, progress))
 
     phi = torsion_angle(ensemble.positions, PHI)
@@ -294,9 +292,7 @@ def run_demo(output: str | Path, settings: DemoSettings | None = None, progress:
     chain_value = chain_state_difference(~phi_basin(visited), phi_basin(visited))
     record = flow.metadata["training"]
     rows = [
-        FreeEnergyRow(
-            "weights", *weights_value, n_sampling, f"after training with {record['n_energies']:,} energies"
-        ),
+        FreeEnergyRow("weights", *weights_value, n_sampling, f"after training with {record['n_energies']:,} energies"),
         FreeEnergyRow("MD + moves", *chain_value, chain.n_energies, f"acceptance {chain.acceptance:.0%}"),
         FreeEnergyRow("tempered MD", *md_value, data.n_energies, "pilot run included"),
     ]

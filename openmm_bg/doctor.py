@@ -317,9 +317,7 @@ def probe_force() -> str:
         system.removeForce(index)
     with as_file(files("openmm_bg.data") / FILE) as path:
         system.addForce(FlowForce(path, molecule.flow.temperature))
-        context = openmm.Context(
-            system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference")
-        )
+        context = openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference"))
         context.setPositions(molecule.positions)
         energy = context.getState(energy=True, forces=True).getPotentialEnergy()._value
     if not abs(energy) < float("inf"):

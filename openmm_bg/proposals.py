@@ -104,6 +104,7 @@ class FlowProposals:
         if not bool(torch.isfinite(current).all()):
             raise InputError("The current positions contain NaN or infinite values: set them before a move.")
         y0, s = self.coordinates.to_internal(current[None])
+        self.coordinates.require_lengths(y0, s)
         log_w = self._current_log_weight(y0, s, current, reduced_potential)
         inside = log_w != np.inf
         chosen: Tensor | None = None

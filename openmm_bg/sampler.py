@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only then)
-from openmm import unit  # isort: skip
 
 from openmm_bg import moves
 from openmm_bg.artifact import Flow, load
 from openmm_bg.coordinates import CoordinateMap, place_like, read_constraints
-from openmm_bg.energy import ContextPool, Target, thermal_energy
+from openmm_bg.energy import ContextPool, Target, in_kelvin, thermal_energy
 from openmm_bg.ensemble import Ensemble
 from openmm_bg.errors import EnergyError, InputError
 
@@ -337,6 +336,7 @@ class BoltzmannGeneratorSampler:
         self._follow()
         current = torch.from_numpy(_context_positions(self.context))
         y0, s = self.coordinates.to_internal(current[None])
+        self.coordinates.require_lengths(y0, s)
         inside = bool(self.coordinates.in_domain(y0, s)[0])
         log_w = float("inf")  # q = 0: no proposal reaches this state, so detailed balance keeps the chain there
         if inside:
@@ -416,12 +416,9 @@ def _target_temperature(temperature: Any, context: openmm.Context) -> float:
     if temperature is None:
         integrator = context.getIntegrator()
         if not hasattr(integrator, "getTemperature"):
-            raise InputError(
-                f"A {type(integrator).__name__} has no temperature: pass temperature= to the sampler."
-            )
+            raise InputError(f"A {type(integrator).__name__} has no temperature: pass temperature= to the sampler.")
         temperature = integrator.getTemperature()
-    thermal_energy(temperature)  # refuses what is not a positive temperature
-    return float(temperature.value_in_unit(unit.kelvin) if unit.is_quantity(temperature) else temperature)
+    return in_kelvin(temperature)
 
 
 def _usable_device(device: str | torch.device | None) -> torch.device:

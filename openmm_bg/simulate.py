@@ -27,8 +27,6 @@ from openmm_bg.errors import InputError
 logger = logging.getLogger(__name__)
 
 
-
-
 @dataclass(frozen=True)
 class TorsionBias:
     """A well ``V = -depth · exp(sharpness · (cos(φ - centre) - 1))`` on one torsion.
@@ -223,9 +221,7 @@ def tempered_md(
                 own.addForce(bias.force())
             integrator = openmm.LangevinMiddleIntegrator(temperatures[0], friction, time_step)
             integrator.setRandomNumberSeed(seed + which + 1)
-            simulation = app.Simulation(
-                topology, own, integrator, openmm.Platform.getPlatformByName(platform)
-            )
+            simulation = app.Simulation(topology, own, integrator, openmm.Platform.getPlatformByName(platform))
             simulation.context.setPositions(positions)
             simulation.minimizeEnergy(maxIterations=100)
             simulation.context.setVelocitiesToTemperature(temperatures[0], seed + which + 1)

@@ -147,7 +147,7 @@ def render_page(
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         # The browser itself is told to load nothing from anywhere.
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; "
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">",
         f"<title>{html.escape(title)}</title><style>{_CSS}</style></head>",
         f"<body><main><h1>{html.escape(title)}</h1>",

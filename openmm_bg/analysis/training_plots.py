@@ -53,9 +53,7 @@ def loss_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
     history
         Rows with keys of `openmm_bg.training.history.COLUMNS`; absent keys and None are gaps.
     """
-    groups = [
-        (title, [c for c in columns if np.isfinite(_column(history, c[0])).any()]) for title, columns in _CURVES
-    ]
+    groups = [(title, [c for c in columns if np.isfinite(_column(history, c[0])).any()]) for title, columns in _CURVES]
     groups = [(title, columns) for title, columns in groups if columns]
     if not groups and np.isfinite(_column(history, "loss")).any():
         groups = [("loss", [("loss", "training", style.BLUE)])]

@@ -309,6 +309,38 @@ class CoordinateMap(nn.Module):
         raw = torch.cat((seed, r, theta, phi), dim=-1)
         return raw.index_select(1, self._modelled), raw.index_select(1, self._fixed)
 
+    def require_lengths(self, y: Tensor, s: Tensor) -> None:
+        """Refuse a state [1, D], [1, S] whose bonds cannot be those of a simulation.
+
+        A constrained length that is off, or another one that is twice or half its usual value, comes from wrong units
+        or from positions that no constraint was applied to; every move from there would be rejected without a word.
+
+        Raises
+        ------
+        InputError
+            Names the first such bond.
+        """
+        values = torch.cat((y, s), dim=1)[0].tolist()
+        modelled = [c for c in self.coordinates if c.modelled]
+        fixed = [c for c in self.coordinates if not c.modelled]
+        usual = list(self.layout.shift) + self.reference_fixed.reshape(-1).tolist()
+        parent_of, constrained = self._parents(), self.constraints.as_set()
+        for c, value, length in zip(modelled + fixed, values, usual, strict=True):
+            if c.kind != "length":
+                continue
+            a, b = sorted((c.atom, parent_of[c.row]))
+            ratio = value / length
+            if (a, b) in constrained and abs(ratio - 1.0) > 0.01:
+                raise InputError(
+                    f"Atoms {a} and {b} are {value:.4f} nm apart, the System constrains them to "
+                    f"{length:.4f} nm: wrong units, or applyConstraints was not called."
+                )
+            if not 0.5 < ratio < 2.0:
+                raise InputError(
+                    f"Atoms {a} and {b} are {value:.4f} nm apart, about {length:.4f} nm is usual: "
+                    "are these positions in nm, and is the molecule whole?"
+                )
+
     def _raw(self, y: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Seed [B, 3], r, θ, φ [B, K] of every row, φ without offsets."""
         raw = torch.cat((y, s.to(y).expand(len(y), self.n_fixed)), dim=-1).index_select(1, self._unsplit)
@@ -375,9 +407,7 @@ class CoordinateMap(nn.Module):
             ZMatrix.from_dict(data["zmatrix"]),
             [Coordinate(**c) for c in data["coordinates"]],
             statistics,
-            Constraints(
-                [(b[0], b[1]) for b in constraints["bonds"]], constraints["lengths"], constraints["masses"]
-            ),
+            Constraints([(b[0], b[1]) for b in constraints["bonds"]], constraints["lengths"], constraints["masses"]),
             data["representation"],
         )
 

@@ -144,9 +144,15 @@ def build_zmatrix(topology: Any, constrained: set[tuple[int, int]] | None = None
                 rows.append((child, parent, grandparent, great))
                 levels.append(level)
                 carrier.append(-1 if parent == middle else start)
-            if parent != middle and len(found) == 3 and all(
-                graph.is_hydrogen(c) and graph.elements[c] == graph.elements[found[0]] and len(graph.neighbours[c]) == 1
-                for c in found
+            if (
+                parent != middle
+                and len(found) == 3
+                and all(
+                    graph.is_hydrogen(c)
+                    and graph.elements[c] == graph.elements[found[0]]
+                    and len(graph.neighbours[c]) == 1
+                    for c in found
+                )
             ):
                 triple.append((start, start + 1, start + 2))
             front.extend(found)

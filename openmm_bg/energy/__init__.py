@@ -6,7 +6,7 @@ weighed against; `regularise_energy` tames energies for training, and for traini
 """
 
 from .pool import ContextPool
-from .reduced import BOLTZMANN, reduced_energy, thermal_energy
+from .reduced import BOLTZMANN, in_kelvin, reduced_energy, thermal_energy
 from .regulariser import regularise_energy
 from .snapshot import make_context
 from .target import Target
@@ -17,6 +17,7 @@ __all__ = [
     "ContextPool",
     "Target",
     "Tuning",
+    "in_kelvin",
     "make_context",
     "reduced_energy",
     "regularise_energy",

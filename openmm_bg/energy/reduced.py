@@ -18,8 +18,8 @@ from .pool import ContextPool
 BOLTZMANN: float = float(unit.MOLAR_GAS_CONSTANT_R.value_in_unit(unit.kilojoule_per_mole / unit.kelvin))
 
 
-def thermal_energy(temperature: Any) -> float:
-    """kT in kJ/mol.
+def in_kelvin(temperature: Any) -> float:
+    """A temperature, however it is given, as a positive number of kelvin.
 
     Parameters
     ----------
@@ -41,7 +41,12 @@ def thermal_energy(temperature: Any) -> float:
     kelvin = float(value)
     if not (math.isfinite(kelvin) and kelvin > 0.0):
         raise InputError(f"The temperature must be positive and finite, not {temperature}.")
-    return BOLTZMANN * kelvin
+    return kelvin
+
+
+def thermal_energy(temperature: Any) -> float:
+    """kT in kJ/mol, of what `in_kelvin` accepts."""
+    return BOLTZMANN * in_kelvin(temperature)
 
 
 class _ReducedEnergy(torch.autograd.Function):

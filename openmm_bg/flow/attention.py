@@ -21,9 +21,7 @@ def laplace_inverse(p: float) -> float:
     return math.sqrt(0.5) + float(torch.erfinv(torch.tensor(2.0 * p - 1.0))) / math.sqrt(2.0 * math.pi)
 
 
-def relative_buckets(
-    queries: list[int], keys: list[int], n_buckets: int = 32, max_distance: int = 128
-) -> Tensor:
+def relative_buckets(queries: list[int], keys: list[int], n_buckets: int = 32, max_distance: int = 128) -> Tensor:
     """T5's bidirectional buckets of relative position (Raffel et al. 2020, section 2.1), [queries, keys].
 
     Half of the buckets serve keys behind the query and half keys ahead; of each half, the nearer offsets have
@@ -172,10 +170,7 @@ class AttentionConditioner(nn.Module):
         self.target = nn.Parameter(0.5 * torch.randn(len(targets), d_model))
         everyone = positions + targets
         self.units = nn.ModuleList(
-            [
-                GatedAttentionUnit(everyone, positions, d_model, d_key, d_value, dropout)
-                for _ in range(n_units - 1)
-            ]
+            [GatedAttentionUnit(everyone, positions, d_model, d_key, d_value, dropout) for _ in range(n_units - 1)]
         )
         self.last = GatedAttentionUnit(targets, positions, d_model, d_key, d_value, dropout)
         self.mix = nn.Linear(d_model, d_model)

@@ -42,9 +42,7 @@ class FeatureLayout:
         lengths = {len(value) for value in asdict(self).values()}
         if len(lengths) != 1:
             raise InputError(f"A FeatureLayout needs lists of one length, got lengths {sorted(lengths)}.")
-        for circular, fold, kappa, scale in zip(
-            self.circular, self.fold, self.concentration, self.scale, strict=True
-        ):
+        for circular, fold, kappa, scale in zip(self.circular, self.fold, self.concentration, self.scale, strict=True):
             if circular and scale != 1.0:
                 raise InputError("A circular coordinate must have scale 1: scaling breaks its period.")
             if not circular and (fold != 1 or kappa != 0.0):

@@ -154,9 +154,7 @@ class RationalQuadraticSpline(nn.Module):
         numerator = d1 * xi * xi + 2.0 * slope * product + d0 * rest * rest
         return torch.log(numerator * ratio * ratio).sum(0)
 
-    def _bin(
-        self, u: Tensor, params: Tensor, axis: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _bin(self, u: Tensor, params: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The bin of each u on [-1, 1]: left, right, low, high and the derivatives at its knots, each [F, B].
 
         `axis` is 0 to search among the knots in x, 1 among those in y.

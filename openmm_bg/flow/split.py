@@ -37,9 +37,7 @@ class SplitFlow(nn.Module):
     side_chain: Tensor
     order: Tensor
 
-    def __init__(
-        self, circular: list[bool], backbone: list[bool], positions: list[int], config: FlowConfig
-    ) -> None:
+    def __init__(self, circular: list[bool], backbone: list[bool], positions: list[int], config: FlowConfig) -> None:
         super().__init__()
         first = [i for i, is_backbone in enumerate(backbone) if is_backbone]
         second = [i for i, is_backbone in enumerate(backbone) if not is_backbone]

@@ -18,7 +18,7 @@ from openmm import unit  # isort: skip
 
 from openmm_bg.artifact import Flow, compress_text, topology_to_dict
 from openmm_bg.coordinates import CoordinateMap, MoleculeGraph, read_constraints
-from openmm_bg.energy import ContextPool, Target, make_context, thermal_energy
+from openmm_bg.energy import ContextPool, Target, in_kelvin, make_context
 from openmm_bg.errors import InputError
 from openmm_bg.flow import build_flow
 from openmm_bg.training.config import TrainingConfig
@@ -34,6 +34,8 @@ COVALENT_RADII = {"H": 0.031, "D": 0.031, "C": 0.076, "N": 0.071, "O": 0.066, "F
 LARGEST_RADIUS = 0.15
 #: A bond longer than this many times the sum of its radii was never a bond: another atom order.
 STRETCH = 1.4
+#: Atoms closer than this many times the sum are bonded, whatever the topology says.
+CONTACT = 1.2
 #: Flow samples whose weights go into the training record.
 RECORD_SAMPLES = 10_000
 
@@ -96,13 +98,18 @@ def train(
     if isinstance(config, str) and config in ("cpu", "paper"):
         config = TrainingConfig.preset(config)  # type: ignore[arg-type]
     config = TrainingConfig.load(config)
-    kelvin = float(temperature.value_in_unit(unit.kelvin) if unit.is_quantity(temperature) else temperature)
-    thermal_energy(kelvin)
+    _check_kinds(system, topology)
+    kelvin = in_kelvin(temperature)
     constraints = read_constraints(system, topology)
     graph = MoleculeGraph(topology)
     positions = load_frames(trajectory, topology)
     _check_bonds(positions, graph)
-    log_w = None if log_weights is None else np.asarray(log_weights, dtype=np.float64)
+    logger.info("%d frames of %d atoms.", len(positions), graph.n_atoms)
+    _announce_refusals(system)
+    try:
+        log_w = None if log_weights is None else np.asarray(log_weights, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise InputError("log_weights must be numbers, one per frame.") from None
     if log_w is not None and log_w.shape != (len(positions),):
         raise InputError(f"log_weights has shape {log_w.shape}, but the trajectory has {len(positions)} frames.")
     coordinates = CoordinateMap.fit(topology, positions, constraints, representation)
@@ -168,11 +175,23 @@ def load_frames(trajectory: Any, topology: Any) -> np.ndarray:
                 raise InputError(f"MDTraj cannot read {path} with this topology: {_first_line(error)}.") from error
             _check_atoms(loaded.topology, topology, path.name)
             frames.append(loaded.xyz)
-        return np.concatenate(frames)
+        found = np.concatenate(frames)
+        if len(found) < 2:
+            names = ", ".join(path.name for path in map(Path, paths))
+            raise InputError(f"{names} holds {len(found)} frame: training needs a trajectory of many.")
+        return found
     if hasattr(trajectory, "xyz") and hasattr(trajectory, "topology"):
         _check_atoms(trajectory.topology, topology, "the trajectory")
         return np.asarray(trajectory.xyz)
-    positions = np.asarray(trajectory)
+    try:
+        positions = np.asarray(trajectory)
+        numeric = np.issubdtype(positions.dtype, np.number)
+    except (TypeError, ValueError):
+        numeric = False
+    if not numeric:
+        raise InputError(
+            f"The trajectory must be an array in nm, an mdtraj.Trajectory or a path, not a {type(trajectory).__name__}."
+        )
     if positions.ndim != 3 or positions.shape[1:] != (n_atoms, 3):
         raise InputError(f"The trajectory must be [frames, {n_atoms}, 3] in nm, got {list(positions.shape)}.")
     return positions.astype(np.float64) if positions.dtype not in (np.float32, np.float64) else positions
@@ -229,8 +248,32 @@ def _check_atoms(found: Any, topology: Any, name: str) -> None:
             )
 
 
+def _check_kinds(system: Any, topology: Any) -> None:
+    from openmm import app
+
+    if not isinstance(system, openmm.System):
+        raise InputError(f"The system must be an openmm.System, not a {type(system).__name__}.")
+    if not isinstance(topology, app.Topology):
+        raise InputError(
+            f"The topology must be an openmm.app.Topology (a PDBFile's .topology), not a {type(topology).__name__}."
+        )
+
+
+def _announce_refusals(system: openmm.System) -> None:
+    """Training is possible with a barostat or an external force, independent samples later are not: say so now."""
+    for force in system.getForces():
+        name = type(force).__name__
+        if "Barostat" in name or "External" in name:
+            logger.warning(
+                "The System has a %s: step() will work, sample() will refuse; train without it to have both.", name
+            )
+
+
 def _check_bonds(positions: np.ndarray, graph: MoleculeGraph) -> None:
-    """A bond longer than any covalent one means that the frames have another atom order (or broken molecules)."""
+    """A bond longer than any covalent one means that the frames have another atom order (or broken molecules).
+
+    Two atoms as close as bonded ones mean that the topology lacks a bond, such as the one that closes a ring.
+    """
     if len(positions) == 0:
         raise InputError("The trajectory has no frames.")
     frame = np.asarray(positions[0], dtype=np.float64)
@@ -245,6 +288,15 @@ def _check_bonds(positions: np.ndarray, graph: MoleculeGraph) -> None:
                     f"In frame 0 of the trajectory the bond {graph.label(a)} to {graph.label(b)} is {length:.2f} nm: "
                     "another atom order, wrong units, or a molecule split by the periodic box."
                 )
+    known = np.array([COVALENT_RADII.get(element, np.nan) for element in graph.elements])
+    distance = np.linalg.norm(frame[:, None] - frame[None], axis=-1)
+    close = np.triu(distance < CONTACT * (known[:, None] + known[None]), k=1)
+    for a, b in zip(*np.nonzero(close), strict=True):
+        if b not in graph.neighbours[a]:
+            raise InputError(
+                f"In frame 0 of the trajectory {graph.label(a)} and {graph.label(b)} are {distance[a, b]:.3f} nm apart,"
+                " but the topology has no bond between them: add it (PDB files need CONECT records for it)."
+            )
 
 
 def _backbone_chain(graph: MoleculeGraph) -> list[int]:

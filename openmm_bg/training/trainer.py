@@ -184,6 +184,8 @@ class Trainer:
                 if resume and checkpoint.exists(self.directory):
                     self._restore()
                 else:
+                    if resume:
+                        logger.info("No checkpoint in %s yet: training starts from the beginning.", self.directory)
                     self._begin_directory()
             if any(stage.needs_target for stage in self.config.stages[self._stage :]):
                 self.objective.prepare_energies()

@@ -245,6 +245,58 @@ def test_topologies_that_are_not_one_molecule(files):
         bg.train(system, topology, xyz, 300.0, log_weights=np.zeros(3))
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"system": "system.xml"}, "openmm.System"),
+        ({"topology": "top.pdb"}, "app.Topology"),
+        ({"trajectory": None}, "NoneType"),
+        ({"trajectory": [["a", "b"]]}, "array in nm"),
+        ({"temperature": None}, "number of kelvin"),
+        ({"temperature": True}, "number of kelvin"),
+        ({"temperature": 1.0 * unit.picosecond}, "in kelvin"),
+        ({"log_weights": "weights"}, "numbers"),
+    ],
+)
+def test_arguments_of_another_kind(files, change, says):
+    _, topology, system, xyz = files
+    arguments = {"system": system, "topology": topology, "trajectory": xyz, "temperature": 300.0} | change
+    with pytest.raises(InputError, match=says):
+        bg.train(**arguments)
+
+
+def test_a_ring_without_its_last_bond():
+    topology = app.Topology()
+    residue = topology.addResidue("RNG", topology.addChain())
+    atoms = [topology.addAtom(f"C{i}", app.element.carbon, residue) for i in range(4)]
+    for a, b in itertools.pairwise(atoms):
+        topology.addBond(a, b)
+    system = openmm.System()
+    for _ in atoms:
+        system.addParticle(12.0)
+    square = 0.155 * np.array([[0.0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]])
+    with pytest.raises(InputError, match=r"C0 and .*C3 are 0.155 nm apart"):
+        bg.train(system, topology, square + np.zeros((5, 1, 1)), 300.0)
+
+
+def test_one_frame_is_no_trajectory(files, tmp_path):
+    folder, topology, *_, xyz = files
+    mdtraj.Trajectory(xyz[:1], mdtraj.Topology.from_openmm(topology)).save_dcd(str(tmp_path / "one.dcd"))
+    one_sentence(command(folder, "-o", tmp_path / "model", **{"--trajectory": str(tmp_path / "one.dcd")}), "one.dcd")
+
+
+def test_training_announces_that_sample_will_refuse(files, caplog):
+    """Before the long work, not after it: such a flow serves step() alone."""
+    _, topology, system, xyz = files
+    held = openmm.XmlSerializer.deserialize(openmm.XmlSerializer.serialize(system))
+    wall = openmm.CustomExternalForce("x^2")
+    wall.addParticle(0)
+    held.addForce(wall)
+    brief = {**CONFIG, "stages": [{"name": "likelihood", "losses": {"nll": 1.0}, "steps": 1}]}
+    bg.train(held, topology, xyz[:200], 300.0, config=brief, progress=False)
+    assert "CustomExternalForce" in caplog.text and "sample() will refuse" in caplog.text
+
+
 def test_sample_refuses_what_it_cannot_write(tmp_path):
     runner = CliRunner()
     shipped = str(bg.load_alanine_dipeptide.__globals__["files"]("openmm_bg.data") / "alanine_dipeptide.bg")

@@ -7,6 +7,7 @@ import torch
 import openmm_bg as bg
 from openmm_bg import moves
 from openmm_bg.energy import thermal_energy
+from openmm_bg.errors import InputError
 from openmm_bg.free_energy import statistical_inefficiency
 from openmm_bg.simulate import torsion_angle
 
@@ -306,3 +307,20 @@ def test_moves_at_a_wrong_temperature_are_caught(dipeptide, md_alone):
     scores = compare(md_alone, run_chain(dipeptide, 1500, seed=22, temperature=330.0))
     print(scores)
     assert abs(scores["energy"]) > 5.0, scores
+
+
+def test_positions_that_no_simulation_has(dipeptide, make_context, make_sampler):
+    """They would be rejected for ever, and nobody would know why."""
+    context = make_context()
+    sampler = make_sampler(context)
+    context.setPositions(10.0 * dipeptide.positions)
+    with pytest.raises(InputError, match="nm"):
+        sampler.step(1)
+    hydrogen, carbon, _ = dipeptide.system.getConstraintParameters(0)
+    stretched = dipeptide.positions.copy()
+    stretched[hydrogen] += 0.05 * (stretched[hydrogen] - stretched[carbon])
+    context.setPositions(stretched)
+    with pytest.raises(InputError, match="applyConstraints"):
+        sampler.step(1)
+    context.applyConstraints(1e-6)
+    sampler.step(1)
