@@ -16,11 +16,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "conditioner": "attention",
         "linear": "spline",
     },
+    # A small peptide gains nothing from a stack of its backbone alone: the joint blocks couple everything at once.
     "cpu": {
-        "n_backbone_blocks": 4,
-        "n_joint_blocks": 8,
-        "conditioner": "mlp",
-        "hidden": 128,
+        "n_backbone_blocks": 0,
+        "n_joint_blocks": 10,
+        "conditioner": "gated",
+        "hidden": 96,
         "n_hidden": 2,
         "linear": "affine",
     },
@@ -48,11 +49,12 @@ class FlowConfig(BaseModel):
         Coupling layers of either stack. One layer transforms half of its features only, so a stack has two or
         more; the backbone stack may be empty.
     conditioner
-        Network that conditions a coupling layer.
+        Network that conditions a coupling layer: gated attention, a residual perceptron ("mlp"), or one of gated
+        linear units ("gated").
     d_model, d_key, d_value, dropout, n_units
         Attention: widths of tokens, of Q and K, of V and U; dropout in training; attention units per block.
     hidden, n_hidden
-        MLP: width and number of residual layers.
+        "mlp" and "gated": width and number of residual layers.
     n_bins
         Bins K of every spline.
     linear
@@ -69,7 +71,7 @@ class FlowConfig(BaseModel):
     split: bool = True
     n_backbone_blocks: int = Field(4, ge=0)
     n_joint_blocks: int = Field(8, ge=2)
-    conditioner: Literal["attention", "mlp"] = "mlp"
+    conditioner: Literal["attention", "mlp", "gated"] = "mlp"
     d_model: int = Field(128, ge=1)
     d_key: int = Field(32, ge=2, multiple_of=2)
     d_value: int = Field(64, ge=1)

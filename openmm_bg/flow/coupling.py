@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from openmm_bg.flow.attention import AttentionConditioner
 from openmm_bg.flow.config import FlowConfig
-from openmm_bg.flow.mlp import MLPConditioner
+from openmm_bg.flow.mlp import GatedConditioner, MLPConditioner
 from openmm_bg.flow.splines import RationalQuadraticSpline, wrap
 
 MAX_LOG_SCALE = 2.0
@@ -86,7 +86,8 @@ class CouplingLayer(nn.Module):
                 n_units=config.n_units,
             )
         else:
-            self.conditioner = MLPConditioner(
+            perceptron = GatedConditioner if config.conditioner == "gated" else MLPConditioner
+            self.conditioner = perceptron(
                 n_linear=n_given_linear,
                 n_circular=len(given) - n_given_linear,
                 n_rows=sum(size * n_params for size, n_params in groups),

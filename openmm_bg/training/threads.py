@@ -1,4 +1,7 @@
-"""How many threads torch should use: measured, because two on busy cores can be ten times slower than one."""
+"""Settings of torch that hold while training: threads and the precision of matrix products.
+
+The number of threads is measured, because two on busy cores can be ten times slower than one.
+"""
 
 from __future__ import annotations
 
@@ -52,3 +55,14 @@ def _fastest_of(work: Callable[[], object]) -> float:
         work()
         times.append(time.perf_counter() - begin)
     return sorted(times)[len(times) // 2]  # a median sees contention, a minimum would not
+
+
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """Products of float32 matrices inside the body; torch's setting is restored afterwards."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

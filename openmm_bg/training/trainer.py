@@ -25,6 +25,7 @@ from openmm_bg.training.dataset import Dataset, spread
 from openmm_bg.training.history import History
 from openmm_bg.training.losses import evaluation_mode, weighted_mean
 from openmm_bg.training.objective import Objective
+from openmm_bg.training.threads import matmul_precision
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +179,7 @@ class Trainer:
             After `max_bad_steps` steps in a row without a finite loss.
         """
         cuda = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda), self._signals():
+        with torch.random.fork_rng(devices=cuda), matmul_precision(self.config.matmul_precision), self._signals():
             torch.manual_seed(self.config.seed)
             if self.directory is not None:
                 if resume and checkpoint.exists(self.directory):

@@ -22,6 +22,7 @@ POSITIONS = [4, 11, 2, 30, 7, 8, 200]
 VARIANTS = [
     {"conditioner": "mlp"},
     {"conditioner": "mlp", "phase_shift": "learned"},
+    {"conditioner": "gated"},
     {"conditioner": "attention"},
     {"conditioner": "attention", "n_units": 3},
 ]
