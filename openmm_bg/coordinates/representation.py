@@ -330,7 +330,7 @@ class CoordinateMap(nn.Module):
                 continue
             a, b = sorted((c.atom, parent_of[c.row]))
             ratio = value / length
-            if (a, b) in constrained and abs(ratio - 1.0) > 0.01:
+            if (a, b) in constrained and abs(ratio - 1.0) > 0.05:
                 raise InputError(
                     f"Atoms {a} and {b} are {value:.4f} nm apart, the System constrains them to "
                     f"{length:.4f} nm: wrong units, or applyConstraints was not called."

@@ -354,32 +354,7 @@ def test_bad_arguments(dipeptide, artifact, tmp_path):
 # -------------------------------------------------------------------- what is sampled
 
 
-@pytest.fixture(scope="module")
-def reference(dipeptide):
-    """Mean energy and ψ population at 300 and 350 K, with errors: the flow's own samples, weighted (formula A).
-
-    Many, and both temperatures from the same ones: at 350 K a few of large weight make up the tail, and an error
-    estimated from too few would not know of it.
-    """
-    context = openmm.Context(dipeptide.system, openmm.VerletIntegrator(0.001), REFERENCE)
-    context.setPositions(dipeptide.positions)
-    options = {"seed": 5, "platform": "Reference", "n_workers": 1}
-    with bg.BoltzmannGeneratorSampler(dipeptide.flow, context, 300.0, **options) as sampler:
-        ensemble = sampler.sample(40000)
-    u = np.where(np.isfinite(ensemble.log_weights), ensemble.reduced_potentials, 0.0)
-    psi = torsion_angle(ensemble.positions, PSI) > 1.0
-    found = {}
-    for temperature in (300.0, 350.0):
-        log_w = ensemble.log_weights + u * (1.0 - 300.0 / temperature)
-        w = np.exp(log_w - log_w.max())
-        w /= w.sum()
-        for name, f in (("energy", u * BOLTZMANN * 300.0), ("psi", psi)):
-            mean = (w * f).sum()
-            found[temperature, name] = (mean, np.sqrt((w**2 * (f - mean) ** 2).sum()))
-    return found
-
-
-def scores(dipeptide, artifact, reference, temperature, rounds, seed):
+def scores(dipeptide, artifact, weighted_reference, temperature, rounds, seed):
     """z of MD and moves against `reference`: GHMC, so that the dynamics has no time-step error of its own."""
     np.random.seed(seed)
     contexts = cache.ContextCache(platform=REFERENCE)
@@ -397,7 +372,7 @@ def scores(dipeptide, artifact, reference, temperature, rounds, seed):
             psi[k] = torsion_angle(snapshot(replica)[0][None], PSI)[0] > 1.0
     z = {}
     for name, series in (("energy", energy), ("psi", psi)):
-        mean, error = reference[temperature, name]
+        mean, error = weighted_reference[temperature, name]
         own = series.std(ddof=1) * np.sqrt(statistical_inefficiency(series) / rounds)
         z[name] = (series.mean() - mean) / np.hypot(error, own)
         print(f"{temperature} K {name}: {series.mean():.3f} ± {own:.3f}, {mean:.3f} ± {error:.3f}, z {z[name]:.2f}")
@@ -408,18 +383,18 @@ def scores(dipeptide, artifact, reference, temperature, rounds, seed):
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("temperature", [300.0, 350.0])
-def test_md_and_moves_sample_the_state(dipeptide, artifact, reference, temperature):
-    z = scores(dipeptide, artifact, reference, temperature, 300, seed=6)
+def test_md_and_moves_sample_the_state(dipeptide, artifact, weighted_reference, temperature):
+    z = scores(dipeptide, artifact, weighted_reference, temperature, 300, seed=6)
     assert all(abs(value) < 4.0 for value in z.values()), z
 
 
 @pytest.mark.statistical
-def test_acceptance_on_the_energy_alone_is_caught(dipeptide, artifact, reference, monkeypatch):
+def test_acceptance_on_the_energy_alone_is_caught(dipeptide, artifact, weighted_reference, monkeypatch):
     """log q left out, as openmmtools' MetropolizedMove would."""
     draw = proposals.FlowProposals._draw
     monkeypatch.setattr(
         proposals.FlowProposals, "_draw", lambda self, n, rng: (draw(self, n, rng)[0], torch.zeros(n).double())
     )
     monkeypatch.setattr(proposals.FlowProposals, "_log_q", lambda self, y: torch.zeros(len(y)).double())
-    z = scores(dipeptide, artifact, reference, 300.0, 100, seed=7)
+    z = scores(dipeptide, artifact, weighted_reference, 300.0, 100, seed=7)
     assert abs(z["energy"]) > 5.0, z

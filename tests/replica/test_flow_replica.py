@@ -228,32 +228,7 @@ def test_a_saved_flow_serves_as_well(dipeptide, make, tmp_path):
 # -------------------------------------------------------------------- what is sampled
 
 
-@pytest.fixture(scope="module")
-def reference(dipeptide):
-    """Mean energy and ψ population at 300 and 350 K, with errors: the flow's own samples, weighted (formula A).
-
-    Many, and both temperatures from the same ones: at 350 K a few of large weight make up the tail, and an error
-    estimated from too few would not know of it.
-    """
-    context = openmm.Context(dipeptide.system, openmm.VerletIntegrator(0.001), REFERENCE)
-    context.setPositions(dipeptide.positions)
-    options = {"seed": 8, "platform": "Reference", "n_workers": 1}
-    with bg.BoltzmannGeneratorSampler(dipeptide.flow, context, 300.0, **options) as sampler:
-        ensemble = sampler.sample(40000)
-    u = np.where(np.isfinite(ensemble.log_weights), ensemble.reduced_potentials, 0.0)
-    psi = torsion_angle(ensemble.positions, PSI) > 1.0
-    found = {}
-    for temperature in (300.0, 350.0):
-        log_w = ensemble.log_weights + u * (1.0 - 300.0 / temperature)
-        w = np.exp(log_w - log_w.max())
-        w /= w.sum()
-        for name, f in (("energy", u * BOLTZMANN * 300.0), ("psi", psi)):
-            mean = (w * f).sum()
-            found[temperature, name] = (mean, np.sqrt((w**2 * (f - mean) ** 2).sum()))
-    return found
-
-
-def scores(reference, sampler, iterations):
+def scores(weighted_reference, sampler, iterations):
     """z of each state's samples against `reference`; the MD of 1 fs is far more exact than these errors."""
     energy, psi = np.empty((iterations, 2)), np.empty((iterations, 2))
     sampler.simulate(20)
@@ -270,7 +245,7 @@ def scores(reference, sampler, iterations):
     z = {}
     for state, temperature in enumerate((300.0, 350.0)):
         for name, series in (("energy", energy[:, state]), ("psi", psi[:, state])):
-            mean, error = reference[temperature, name]
+            mean, error = weighted_reference[temperature, name]
             own = series.std(ddof=1) * np.sqrt(statistical_inefficiency(series) / iterations)
             z[temperature, name] = (series.mean() - mean) / np.hypot(error, own)
             print(f"{temperature} K {name}: {series.mean():.3f} ± {own:.3f}, {mean:.3f} ± {error:.3f}")
@@ -280,20 +255,20 @@ def scores(reference, sampler, iterations):
 
 
 @pytest.mark.statistical
-def test_replicas_sample_their_states(make, reference):
+def test_replicas_sample_their_states(make, weighted_reference):
     sampler = make(md_steps=5, n_steps=3, n_proposals=4, seed=9)
-    z = scores(reference, sampler, 300)
+    z = scores(weighted_reference, sampler, 300)
     assert all(abs(value) < 4.0 for value in z.values()), z
     assert all(counts["n_accepted"] > 0.2 * counts["n_proposed"] for counts in sampler.flow_statistics)
 
 
 @pytest.mark.statistical
-def test_acceptance_on_the_energy_alone_is_caught(make, reference, monkeypatch):
+def test_acceptance_on_the_energy_alone_is_caught(make, weighted_reference, monkeypatch):
     """log q left out of the acceptance."""
     draw = proposals.FlowProposals._draw
     monkeypatch.setattr(
         proposals.FlowProposals, "_draw", lambda self, n, rng: (draw(self, n, rng)[0], torch.zeros(n).double())
     )
     monkeypatch.setattr(proposals.FlowProposals, "_log_q", lambda self, y: torch.zeros(len(y)).double())
-    z = scores(reference, make(md_steps=5, n_steps=3, n_proposals=4, seed=10), 100)
+    z = scores(weighted_reference, make(md_steps=5, n_steps=3, n_proposals=4, seed=10), 100)
     assert abs(z[300.0, "energy"]) > 5.0 and abs(z[350.0, "energy"]) > 5.0, z

@@ -318,7 +318,7 @@ def test_positions_that_no_simulation_has(dipeptide, make_context, make_sampler)
         sampler.step(1)
     hydrogen, carbon, _ = dipeptide.system.getConstraintParameters(0)
     stretched = dipeptide.positions.copy()
-    stretched[hydrogen] += 0.05 * (stretched[hydrogen] - stretched[carbon])
+    stretched[hydrogen] += 0.1 * (stretched[hydrogen] - stretched[carbon])
     context.setPositions(stretched)
     with pytest.raises(InputError, match="applyConstraints"):
         sampler.step(1)

@@ -1,0 +1,40 @@
+"""What the tests of several rooms compare with."""
+
+import numpy as np
+import pytest
+import torch  # noqa: F401  (before openmm)
+
+import openmm_bg as bg
+from openmm_bg.energy import BOLTZMANN
+from openmm_bg.simulate import torsion_angle
+
+import openmm  # isort: skip
+
+PSI = (6, 8, 14, 16)
+
+
+@pytest.fixture(scope="session")
+def weighted_reference():
+    """(temperature, "energy" | "psi") to (mean, error): energy (kJ/mol) and ψ population of the shipped dipeptide.
+
+    At 300 and 350 K: the flow's own samples, weighted (formula A). Many, and both temperatures from the same ones: at
+    350 K a few of large weight make up the tail, and an error estimated from too few would not know of it.
+    """
+    dipeptide = bg.load_alanine_dipeptide()
+    reference = openmm.Platform.getPlatformByName("Reference")
+    context = openmm.Context(dipeptide.system, openmm.VerletIntegrator(0.001), reference)
+    context.setPositions(dipeptide.positions)
+    options = {"seed": 5, "platform": "Reference", "n_workers": 1}
+    with bg.BoltzmannGeneratorSampler(dipeptide.flow, context, 300.0, **options) as sampler:
+        ensemble = sampler.sample(40000)
+    u = np.where(np.isfinite(ensemble.log_weights), ensemble.reduced_potentials, 0.0)
+    psi = torsion_angle(ensemble.positions, PSI) > 1.0
+    found = {}
+    for temperature in (300.0, 350.0):
+        log_w = ensemble.log_weights + u * (1.0 - 300.0 / temperature)
+        w = np.exp(log_w - log_w.max())
+        w /= w.sum()
+        for name, f in (("energy", u * BOLTZMANN * 300.0), ("psi", psi)):
+            mean = (w * f).sum()
+            found[temperature, name] = (mean, np.sqrt((w**2 * (f - mean) ** 2).sum()))
+    return found
