@@ -6,6 +6,7 @@ Laplace attention function of Ma et al., "Mega" (2023).
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +127,8 @@ class GatedAttentionUnit(nn.Module):
 class AttentionConditioner(nn.Module):
     """Gated attention from the conditioning tokens to the transformed ones, and a head per transformed token.
 
-    A conditioning token carries its value, or (cos, sin) of an angle, and its position embedding. A
+    A conditioning token carries its value, or (cos, sin) of an angle, and its position embedding; the angle v of
+    an n-fold rotor comes as n v, which the symmetry is about, and as v, which tells the branches apart. A
     transformed token carries its position embedding alone, asks, and is never a key: neither attention nor
     the residual can pass its value to its own parameters. The heads start at zero (identity).
 
@@ -136,6 +138,8 @@ class AttentionConditioner(nn.Module):
         Global coordinate indices of the conditioning features; the linear ones come first.
     n_linear
         How many of them are linear.
+    folds
+        Of the circular ones, 1 or more each.
     targets
         Global coordinate indices of the transformed features, group by group.
     group_sizes, group_params
@@ -147,10 +151,13 @@ class AttentionConditioner(nn.Module):
         units let conditioning tokens look at each other first.
     """
 
+    fold: Tensor
+
     def __init__(
         self,
         positions: list[int],
         n_linear: int,
+        folds: Sequence[int],
         targets: list[int],
         group_sizes: list[int],
         group_params: list[int],
@@ -165,7 +172,8 @@ class AttentionConditioner(nn.Module):
         self.n_tokens = len(positions)
         self.group_sizes = group_sizes
         self.embed_value = nn.Linear(1, d_model, bias=False)
-        self.embed_angle = nn.Linear(2, d_model, bias=False)
+        self.embed_angle = nn.Linear(4, d_model, bias=False)
+        self.register_buffer("fold", torch.tensor(list(folds)).reshape(-1, 1), persistent=False)
         self.position = nn.Parameter(0.5 * torch.randn(len(positions), d_model))
         self.target = nn.Parameter(0.5 * torch.randn(len(targets), d_model))
         everyone = positions + targets
@@ -183,9 +191,11 @@ class AttentionConditioner(nn.Module):
         """[C, B] conditioning features (linear, then circular in rad) to [R, B], in the network's dtype."""
         x = x.to(self.position.dtype)
         batch = x.shape[1]
-        angles = x[self.n_linear :]
+        turns = x[self.n_linear :]
+        angles, folded = self.fold.to(x.dtype) * turns, (self.fold > 1).to(x.dtype)
         values = self.embed_value(x[: self.n_linear].t().unsqueeze(-1))
-        circles = self.embed_angle(torch.stack([angles.cos(), angles.sin()], -1).transpose(0, 1))
+        parts = [angles.cos(), angles.sin(), folded * turns.cos(), folded * turns.sin()]
+        circles = self.embed_angle(torch.stack(parts, -1).transpose(0, 1))
         seen = torch.cat([values, circles], 1) + self.position
         asking = self.target.unsqueeze(0)
         for unit in self.units:

@@ -39,14 +39,14 @@ def build_flow(layout: FeatureLayout, config: FlowConfig, seed: int = 0) -> Flow
         raise InputError("The FeatureLayout has no coordinates: choose a representation that models one.")
     # The density hands linear features over first.
     features = sorted(range(layout.n), key=lambda i: layout.circular[i])
-    circular = [layout.circular[i] for i in features]
+    fold = [layout.fold[i] if layout.circular[i] else 0 for i in features]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inner: nn.Module
         if config.split:
-            inner = SplitFlow(circular, [layout.backbone[i] for i in features], features, config)
+            inner = SplitFlow(fold, [layout.backbone[i] for i in features], features, config)
         else:
-            inner = NSF(circular, features, config)
+            inner = NSF(fold, features, config)
         return FlowDensity(layout, inner)
 
 

@@ -5,6 +5,7 @@ Dinh et al., "Density estimation using Real NVP" (2017), equations 7-8. Arrays a
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +22,20 @@ MAX_LOG_SCALE = 2.0
 class CouplingLayer(nn.Module):
     """Bend the transformed features given the others, which pass unchanged.
 
-    Circular features: shift by φ, circular spline, shift back. A spline with tied ends alone would fix ±π;
-    the shift moves that point, and with the spline at its start it is the identity whatever φ is. Linear
-    features: spline on an interval, or affine, y = x e^s + t with s bounded by a tanh.
+    Circular features: v ← v + (S(w) - w) / n with w = n v + φ modulo 2π, n the fold and S a circular spline. A
+    spline with tied ends alone would fix ±π; the shift φ moves that point, and with the spline at its start the
+    map is the identity whatever φ is. On an n-fold rotor the same map acts on all n branches, so that a symmetric
+    density stays symmetric, while the other features may depend on the branch: each hydrogen of a methyl group
+    has the angle that belongs to where it stands. Linear features: spline on an interval, or affine,
+    y = x e^s + t with s bounded by a tanh.
 
     `inverse` (data → base), which training by likelihood calls, uses the explicit direction of the spline.
 
     Parameters
     ----------
-    circular
-        One flag per feature that the layer sees, F of them.
+    fold
+        One number per feature that the layer sees, F of them: 0 for a linear feature, n >= 1 for a circular one with
+        n-fold symmetry.
     transformed
         True for the features to bend, False for those that condition.
     positions
@@ -45,20 +50,23 @@ class CouplingLayer(nn.Module):
     bent: Tensor
     order: Tensor
     phase: Tensor
+    fold: Tensor
 
     def __init__(
         self,
-        circular: list[bool],
+        fold: Sequence[int],
         transformed: list[bool],
         positions: list[int],
         affine: bool,
         config: FlowConfig,
     ) -> None:
         super().__init__()
-        features = sorted(range(len(circular)), key=lambda i: circular[i])  # stable: linear first, in order
+        circular = [n > 0 for n in fold]
+        features = sorted(range(len(fold)), key=lambda i: circular[i])  # stable: linear first, in order
         given = [i for i in features if not transformed[i]]
         bent = [i for i in features if transformed[i]]
-        n_given_linear = sum(not circular[i] for i in given)
+        given_folds = [fold[i] for i in given if circular[i]]
+        n_given_linear = len(given) - len(given_folds)
         self.n_linear = sum(not circular[i] for i in bent)
         self.n_circular = len(bent) - self.n_linear
         self.affine = affine
@@ -76,6 +84,7 @@ class CouplingLayer(nn.Module):
             self.conditioner = AttentionConditioner(
                 positions=[positions[i] for i in given],
                 n_linear=n_given_linear,
+                folds=given_folds,
                 targets=[positions[i] for i in bent],
                 group_sizes=[size for size, _ in groups],
                 group_params=[n_params for _, n_params in groups],
@@ -89,7 +98,7 @@ class CouplingLayer(nn.Module):
             perceptron = GatedConditioner if config.conditioner == "gated" else MLPConditioner
             self.conditioner = perceptron(
                 n_linear=n_given_linear,
-                n_circular=len(given) - n_given_linear,
+                folds=given_folds,
                 n_rows=sum(size * n_params for size, n_params in groups),
                 hidden=config.hidden,
                 n_hidden=config.n_hidden,
@@ -98,6 +107,8 @@ class CouplingLayer(nn.Module):
         self.register_buffer("conditioning", torch.tensor(given, dtype=torch.long))
         self.register_buffer("bent", torch.tensor(bent, dtype=torch.long))
         self.register_buffer("order", torch.argsort(torch.tensor(given + bent, dtype=torch.long)))
+        bent_folds = [float(fold[i]) for i in bent[self.n_linear :]]
+        self.register_buffer("fold", torch.tensor(bent_folds, dtype=torch.float64).reshape(-1, 1), persistent=False)
         phase = math.pi * (2.0 * torch.rand(self.n_circular, 1) - 1.0)
         if config.phase_shift == "learned":
             self.phase = nn.Parameter(phase)
@@ -113,8 +124,9 @@ class CouplingLayer(nn.Module):
         log_det = log_scale.sum(0)
         parts = [given, linear * log_scale.exp() + offset]
         if self.n_splined > 0:
-            bent, log_det_spline = self.spline.inverse(self._shift(z[self.n_affine :]), spline_params)
-            parts.append(self._shift_back(bent))
+            before = self._turns(z[self.n_affine :])
+            after, log_det_spline = self.spline.inverse(before, spline_params)
+            parts.append(self._moved(z[self.n_affine :], before, after))
             log_det = log_det + log_det_spline
         return torch.cat(parts).index_select(0, self.order), log_det
 
@@ -127,8 +139,9 @@ class CouplingLayer(nn.Module):
         log_det = -log_scale.sum(0)
         parts = [given, (linear - offset) * (-log_scale).exp()]
         if self.n_splined > 0:
-            bent, log_det_spline = self.spline(self._shift(z[self.n_affine :]), spline_params)
-            parts.append(self._shift_back(bent))
+            before = self._turns(z[self.n_affine :])
+            after, log_det_spline = self.spline(before, spline_params)
+            parts.append(self._moved(z[self.n_affine :], before, after))
             log_det = log_det + log_det_spline
         return torch.cat(parts).index_select(0, self.order), log_det
 
@@ -140,14 +153,16 @@ class CouplingLayer(nn.Module):
         log_scale = self.max_log_scale * torch.tanh(rows[:n] / self.max_log_scale)
         return z[:n], spline_params, log_scale, rows[n : 2 * n]
 
-    def _shift(self, z: Tensor) -> Tensor:
-        """Turn the circular features (the last ones) by the phase."""
+    def _turns(self, z: Tensor) -> Tensor:
+        """What the spline acts on: linear features as they are, and w = n v + φ of the circular ones (the last)."""
         n = z.shape[0] - self.n_circular
-        return torch.cat([z[:n], wrap(z[n:] + self.phase.to(z.dtype))])
+        return torch.cat([z[:n], wrap(self.fold.to(z.dtype) * z[n:] + self.phase.to(z.dtype))])
 
-    def _shift_back(self, z: Tensor) -> Tensor:
+    def _moved(self, z: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        """The features after the spline took w from `before` to `after`, both in [-π, π) with fixed ends."""
         n = z.shape[0] - self.n_circular
-        return torch.cat([z[:n], wrap(z[n:] - self.phase.to(z.dtype))])
+        # The spline fixes ±π, so this difference is continuous on the circle: no branch is ever left.
+        return torch.cat([after[:n], wrap(z[n:] + (after[n:] - before[n:]) / self.fold.to(z.dtype))])
 
 
 class CouplingStack(nn.Module):
@@ -205,7 +220,7 @@ def alternating_masks(n_features: int, n_blocks: int, generator: torch.Generator
 
 
 def build_stack(
-    circular: list[bool], positions: list[int], n_blocks: int, n_spline_blocks: int, config: FlowConfig
+    fold: Sequence[int], positions: list[int], n_blocks: int, n_spline_blocks: int, config: FlowConfig
 ) -> CouplingStack:
     """`n_blocks` coupling layers over the given features (none if there are no features).
 
@@ -213,12 +228,12 @@ def build_stack(
     `n_spline_blocks` layers, those nearest to the data, bend linear features by splines and the others by
     affine maps.
     """
-    if not circular:
+    if not fold:
         return CouplingStack([])
     generator = torch.Generator()
     generator.manual_seed(int(torch.randint(2**31, ())))
     blocks = []
-    for i, mask in enumerate(alternating_masks(len(circular), n_blocks, generator)):
+    for i, mask in enumerate(alternating_masks(len(fold), n_blocks, generator)):
         affine = config.linear == "affine" or (config.linear == "mixed" and i >= n_spline_blocks)
-        blocks.append(CouplingLayer(circular, mask, positions, affine, config))
+        blocks.append(CouplingLayer(fold, mask, positions, affine, config))
     return CouplingStack(blocks)

@@ -14,9 +14,8 @@ from openmm_bg.flow.splines import wrap
 class FlowDensity(nn.Module):
     """Standardisation, cuts and folds around an inner flow, with its base density.
 
-    Linear coordinates: y = shift + scale ŷ. Circular ones, fold n and centre c: the inner flow maps
-    v = wrap(n z) to v', and y = wrap((v' + c + 2πk) / n) with the branch k of z. The factors n of both sides
-    cancel in the log-determinant; q(y) = q_v(n y - c) is normalised on the circle and n-fold periodic.
+    Linear coordinates: y = shift + scale ŷ. Circular ones, fold n and centre c: the inner flow maps z to v on the
+    same branch of the rotor, and y = wrap(v + c / n).
 
     The density is exact whatever the parameters (q_θ of formulas A-J of `docs/theory.md`), provided dropout
     is off: call `eval()` before likelihoods, weights or moves. Scriptable by `torch.jit.script`.
@@ -41,7 +40,6 @@ class FlowDensity(nn.Module):
     shift: Tensor
     scale: Tensor
     centre: Tensor
-    fold: Tensor
     log_scale: Tensor
 
     def __init__(self, layout: FeatureLayout, inner: nn.Module) -> None:
@@ -65,8 +63,7 @@ class FlowDensity(nn.Module):
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("shift", column(layout.shift, linear))
         self.register_buffer("scale", scale)
-        self.register_buffer("centre", column(layout.shift, circular))
-        self.register_buffer("fold", column(layout.fold, circular))
+        self.register_buffer("centre", column(layout.shift, circular) / column(layout.fold, circular))
         self.register_buffer("log_scale", scale.log().sum())
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,14 +82,11 @@ class FlowDensity(nn.Module):
             log |det dy/dz|.
         """
         x = z.t()
-        fold = self.fold.to(z.dtype)
-        turns = fold * x.index_select(0, self.circular)
-        v = wrap(turns)
-        branch = torch.round((turns - v) / (2.0 * math.pi))
+        v = wrap(x.index_select(0, self.circular))
         out, log_det = self.inner.forward(torch.cat([x.index_select(0, self.linear), v]))
         n = self.linear.shape[0]
         y_linear = self.shift.to(z.dtype) + self.scale.to(z.dtype) * out[:n]
-        y_circular = wrap((out[n:] + self.centre.to(z.dtype) + 2.0 * math.pi * branch) / fold)
+        y_circular = wrap(out[n:] + self.centre.to(z.dtype))
         y = torch.cat([y_linear, y_circular]).index_select(0, self.order)
         return y.t(), log_det + self.log_scale.to(z.dtype)
 
@@ -100,15 +94,11 @@ class FlowDensity(nn.Module):
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Data → base: y [B, D] to z [B, D] and log |det dz/dy| [B]. Angles may be given modulo 2π."""
         x = y.t()
-        fold = self.fold.to(y.dtype)
-        turns = fold * x.index_select(0, self.circular) - self.centre.to(y.dtype)
-        v = wrap(turns)
-        branch = torch.round((turns - v) / (2.0 * math.pi))
+        v = wrap(x.index_select(0, self.circular) - self.centre.to(y.dtype))
         standardised = (x.index_select(0, self.linear) - self.shift.to(y.dtype)) / self.scale.to(y.dtype)
         out, log_det = self.inner.inverse(torch.cat([standardised, v]))  # type: ignore[operator]
         n = self.linear.shape[0]
-        z_circular = wrap((out[n:] + 2.0 * math.pi * branch) / fold)
-        z = torch.cat([out[:n], z_circular]).index_select(0, self.order)
+        z = torch.cat([out[:n], wrap(out[n:])]).index_select(0, self.order)
         return z.t(), log_det - self.log_scale.to(y.dtype)
 
     @torch.jit.export

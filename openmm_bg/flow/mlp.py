@@ -1,5 +1,7 @@
 """Perceptrons that turn the conditioning half of a coupling layer into the parameters of its map."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -15,13 +17,20 @@ class FeatureLinear(nn.Linear):
 class _Conditioner(nn.Module):
     """What the perceptrons share: the values and (cos, sin) that enter, and a last layer that starts at zero.
 
-    With zero parameters the coupling layer is the identity.
+    With zero parameters the coupling layer is the identity. Of an n-fold rotor v the networks see n v, which the
+    symmetry is about, and v, which tells the branches apart.
     """
 
-    def __init__(self, n_linear: int, n_circular: int, n_rows: int, hidden: int) -> None:
+    fold: Tensor
+    folded: Tensor
+
+    def __init__(self, n_linear: int, folds: Sequence[int], n_rows: int, hidden: int) -> None:
         super().__init__()
         self.n_linear = n_linear
-        self.n_inputs = n_linear + 2 * n_circular
+        folded = [n_linear + i for i, n in enumerate(folds) if n > 1]
+        self.n_inputs = n_linear + 2 * len(folds) + 2 * len(folded)
+        self.register_buffer("fold", torch.tensor(list(folds)).reshape(-1, 1), persistent=False)
+        self.register_buffer("folded", torch.tensor(folded, dtype=torch.long), persistent=False)
         # With nothing to condition on, one constant zero input keeps the shapes regular.
         self.entry = FeatureLinear(max(self.n_inputs, 1), hidden)
         self.head = FeatureLinear(hidden, n_rows)
@@ -34,7 +43,7 @@ class _Conditioner(nn.Module):
         if self.n_inputs == 0:
             features = torch.zeros([1, x.shape[1]], dtype=x.dtype, device=x.device)
         else:
-            angles = x[self.n_linear :]
+            angles = torch.cat([self.fold.to(x.dtype) * x[self.n_linear :], x.index_select(0, self.folded)])
             features = torch.cat([x[: self.n_linear], torch.cos(angles), torch.sin(angles)])
         return self.entry(features)
 
@@ -44,8 +53,10 @@ class MLPConditioner(_Conditioner):
 
     Parameters
     ----------
-    n_linear, n_circular
-        Conditioning features of either kind; the linear ones come first.
+    n_linear
+        Number of linear conditioning features; they come first.
+    folds
+        Of the circular ones, 1 or more each.
     n_rows
         Number of transform parameters R.
     hidden
@@ -54,8 +65,8 @@ class MLPConditioner(_Conditioner):
         Number of residual layers.
     """
 
-    def __init__(self, n_linear: int, n_circular: int, n_rows: int, hidden: int, n_hidden: int) -> None:
-        super().__init__(n_linear, n_circular, n_rows, hidden)
+    def __init__(self, n_linear: int, folds: Sequence[int], n_rows: int, hidden: int, n_hidden: int) -> None:
+        super().__init__(n_linear, folds, n_rows, hidden)
         self.layers = nn.ModuleList([FeatureLinear(hidden, hidden) for _ in range(n_hidden)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,12 +85,12 @@ class GatedConditioner(_Conditioner):
 
     Parameters
     ----------
-    n_linear, n_circular, n_rows, hidden, n_hidden
+    n_linear, folds, n_rows, hidden, n_hidden
         As of `MLPConditioner`; each of the `n_hidden` layers has three matrices.
     """
 
-    def __init__(self, n_linear: int, n_circular: int, n_rows: int, hidden: int, n_hidden: int) -> None:
-        super().__init__(n_linear, n_circular, n_rows, hidden)
+    def __init__(self, n_linear: int, folds: Sequence[int], n_rows: int, hidden: int, n_hidden: int) -> None:
+        super().__init__(n_linear, folds, n_rows, hidden)
         self.up = nn.ModuleList([FeatureLinear(hidden, 2 * hidden) for _ in range(n_hidden)])
         self.down = nn.ModuleList([FeatureLinear(hidden, hidden) for _ in range(n_hidden)])
 

@@ -1,5 +1,7 @@
 """The baseline without split and without attention: a plain neural spline flow."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from openmm_bg.flow.config import FlowConfig
@@ -11,17 +13,17 @@ class NSF(nn.Module):
 
     Parameters
     ----------
-    circular
-        Flags of the D features in the order of the arrays.
+    fold
+        Of the D features in the order of the arrays, as in `CouplingLayer`.
     positions
         Global coordinate index of each feature.
     config
         `n_joint_blocks` layers, all of them over every feature.
     """
 
-    def __init__(self, circular: list[bool], positions: list[int], config: FlowConfig) -> None:
+    def __init__(self, fold: Sequence[int], positions: list[int], config: FlowConfig) -> None:
         super().__init__()
-        self.stack = build_stack(circular, positions, config.n_joint_blocks, 2, config)
+        self.stack = build_stack(fold, positions, config.n_joint_blocks, 2, config)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Base → data: [D, B] to [D, B] and the log-determinant [B]."""

@@ -1,5 +1,7 @@
 """The split flow: a deep stack on the backbone channel, a shallow one on both channels."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -25,8 +27,10 @@ class SplitFlow(nn.Module):
 
     Parameters
     ----------
-    circular, backbone
-        Flags of the D features in the order of the arrays.
+    fold
+        Of the D features in the order of the arrays, as in `CouplingLayer`.
+    backbone
+        Flags of the D features.
     positions
         Global coordinate index of each feature.
     config
@@ -37,14 +41,14 @@ class SplitFlow(nn.Module):
     side_chain: Tensor
     order: Tensor
 
-    def __init__(self, circular: list[bool], backbone: list[bool], positions: list[int], config: FlowConfig) -> None:
+    def __init__(self, fold: Sequence[int], backbone: list[bool], positions: list[int], config: FlowConfig) -> None:
         super().__init__()
         first = [i for i, is_backbone in enumerate(backbone) if is_backbone]
         second = [i for i, is_backbone in enumerate(backbone) if not is_backbone]
         both = first + second
         self.n_backbone = len(first)
         self.backbone_blocks = build_stack(
-            [circular[i] for i in first],
+            [fold[i] for i in first],
             [positions[i] for i in first],
             config.n_backbone_blocks,
             N_SPLINE_BLOCKS,
@@ -53,7 +57,7 @@ class SplitFlow(nn.Module):
         # The joint blocks are nearest to the data for the side chains, or for all if nothing precedes them.
         nearest = bool(second) or len(self.backbone_blocks.blocks) == 0
         self.joint_blocks = build_stack(
-            [circular[i] for i in both],
+            [fold[i] for i in both],
             [positions[i] for i in both],
             config.n_joint_blocks,
             N_SPLINE_BLOCKS if nearest else 0,

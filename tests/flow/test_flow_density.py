@@ -58,6 +58,7 @@ def test_density_integrates_to_one_in_one_dimension(kinds, fold, kappa, changes,
         ("Ll", 1, 0.0, {"linear": "spline"}),
         ("lc", 1, 0.0, {}),
         ("Cl", 3, 1.0, ATTENTION),
+        ("cl", 3, 2.0, {"conditioner": "gated"}),
         ("cC", 1, 2.0, {"phase_shift": "learned"}),
         ("lc", 1, 1.0, {"split": False, "n_backbone_blocks": 0, "linear": "spline"}),
     ],
@@ -122,23 +123,41 @@ def test_density_is_periodic_and_continuous_across_the_cut(changes, fold, make_l
         assert (flow.log_prob(left) - flow.log_prob(right)).abs().max() < 1e-5
 
 
-def test_folded_density_is_threefold(make_layout, perturb):
-    flow = perturb(build_flow(make_layout("LcC", 3, 1.0), small()), 0.2).double()
-    y, log_q = flow.sample(100)
-    branches = []
+def branches_of(flow, layout, n=100):
+    """Samples y of a flow whose first circular feature is a threefold rotor, their log q, and both of the branches."""
+    column = layout.circular.index(True)
+    y, log_q = flow.sample(n)
+    turned = []
     for k in range(3):
         moved = y.clone()
-        moved[:, 1] = wrap(moved[:, 1] + 2 * math.pi * k / 3)
-        assert (flow.log_prob(moved) - log_q).abs().max() < 1e-9
+        moved[:, column] = wrap(moved[:, column] + 2 * math.pi * k / 3)
         z, _ = flow.inverse(moved)
-        branches.append(z[:, 1])
         assert (flow(z)[0] - moved).abs().max() < 1e-9
-    # three branches of y are three branches of z
-    assert ((branches[1] - branches[0]).abs() > 1.0).all()
-    one = perturb(build_flow(make_layout("LcC", 1, 1.0), small()), 0.2).double()
-    moved = y.clone()
-    moved[:, 1] += 2 * math.pi / 3
-    assert (one.log_prob(moved) - one.log_prob(y)).abs().max() > 0.1
+        turned.append((z, flow.log_prob(moved)))
+    return y, log_q, turned, column
+
+
+@pytest.mark.parametrize("changes", [{}, ATTENTION])
+def test_a_rotor_is_threefold_given_the_others(changes, make_layout, perturb):
+    """A layer turns every branch of it alike, whatever the others are: three branches of y are three of z."""
+    layout = make_layout("CL", 3, 1.0)
+    flow = build_flow(layout, small(**changes))
+    rotor_alone = [block for block in flow.inner.joint_blocks.blocks if block.n_circular and not block.n_linear]
+    assert rotor_alone
+    perturb(torch.nn.ModuleList(rotor_alone), 0.2)
+    _, log_q, turned, column = branches_of(flow.double(), layout)
+    for k, (z, value) in enumerate(turned):
+        assert (value - log_q).abs().max() < 1e-9
+        assert (wrap(z[:, column] - turned[0][0][:, column] - 2 * math.pi * k / 3)).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("changes", [{}, ATTENTION])
+def test_others_see_the_branch_of_a_rotor(changes, make_layout, perturb):
+    """Each hydrogen of a methyl group has the angle of where it stands, so the branch is information."""
+    layout = make_layout("CL", 3, 1.0)
+    flow = perturb(build_flow(layout, small(**changes)), 0.2).double()
+    _, log_q, turned, _ = branches_of(flow, layout)
+    assert (turned[1][1] - log_q).abs().max() > 0.05
 
 
 @pytest.mark.statistical
