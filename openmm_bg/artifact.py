@@ -2,7 +2,8 @@
 
 ``torch.jit.load(path)`` alone gives forward, inverse, log_prob and sample; everything else an OpenMM user needs
 (topology, System, representation, constraints, temperature, training record) is JSON in the extra file
-``metadata.json``. The reader and writer below are the only place that knows TorchScript.
+``metadata.json``. A `reduced` flow may have a completion g(s|y), a TorchScript module of its own in the extra file
+``completion.pt``. The reader and writer below are the only place that knows TorchScript.
 """
 
 from __future__ import annotations
@@ -33,8 +34,10 @@ logger = logging.getLogger(__name__)
 FORMAT = "openmm_bg flow"
 FORMAT_VERSION = 1
 _EXTRA = "metadata.json"
+_COMPLETION = "completion.pt"
 _REQUIRED = ("temperature", "topology", "system")
 _METHODS = ("forward", "inverse", "log_prob", "sample")
+_COMPLETION_METHODS = ("log_prob", "sample", "n_completed")
 
 
 # ---------------------------------------------------------------- topology as JSON
@@ -119,14 +122,41 @@ class Flow:
         The map between positions and (y, s).
     metadata
         JSON-able: temperature (K), topology, compressed System, versions, training record.
+    completion
+        g(s|y) over the unconstrained part of s, or its TorchScript form; None leaves a `reduced` flow with formula B.
+
+    Raises
+    ------
+    InputError
+        The completion covers another number of coordinates than s has free ones.
     """
 
-    def __init__(self, density: torch.nn.Module, coordinates: CoordinateMap, metadata: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        density: torch.nn.Module,
+        coordinates: CoordinateMap,
+        metadata: dict[str, Any],
+        completion: torch.nn.Module | None = None,
+    ) -> None:
         self.density = density
         self.coordinates = coordinates
         self.metadata = metadata
+        self.completion = completion
         self._topology: Any = None
-        density.eval()
+        kept = [c for c in coordinates.coordinates if not c.modelled]
+        self._free = [k for k, c in enumerate(kept) if not c.constrained]
+        if completion is not None and completion.n_completed != len(self._free):
+            raise InputError(
+                f"The completion covers {completion.n_completed} coordinates, the flow leaves out {len(self._free)}: "
+                "fit it with the flow's own coordinates."
+            )
+        self.eval()
+
+    def eval(self) -> None:
+        """Dropout off, in the flow and in the completion: no density holds with it."""
+        self.density.eval()
+        if self.completion is not None:
+            self.completion.eval()
 
     # -------- the density
 
@@ -151,8 +181,80 @@ class Flow:
         with torch.no_grad():
             return self.density.sample(n)  # type: ignore[operator]
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether there is a density of every unconstrained coordinate: a `full` flow, or one with a completion."""
+        return not self._free or self.completion is not None
+
+    def complete(self, y: Tensor, s0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One draw s ~ g(s|y) for each y [B, D] (formula C); from torch's global generator.
+
+        Parameters
+        ----------
+        y
+            [B, D].
+        s0
+            [S], of which the constrained lengths are taken; the reference values if left out.
+
+        Returns
+        -------
+        tuple
+            s [B, S], with NaN where a draw is no conformation, and log g(s|y) [B]; float64.
+
+        Raises
+        ------
+        InputError
+            There is no completion.
+        """
+        self._require_completion()
+        s0 = self.coordinates.reference_fixed if s0 is None else s0
+        s = s0.to(y.device, torch.float64).repeat(len(y), 1)
+        if not self._free:
+            return s, torch.zeros(len(y), dtype=torch.float64, device=y.device)
+        with torch.no_grad():
+            free, log_g = self.completion.sample(y)  # type: ignore[union-attr, operator]
+        return s.index_copy(1, torch.tensor(self._free, device=y.device), free), log_g
+
+    def joint_log_prob(self, y: Tensor, s: Tensor) -> Tensor:
+        """log q(y) + log g(s|y) [B], the density in dy ds of all unconstrained coordinates; in the dtype of y.
+
+        Raises
+        ------
+        InputError
+            A `reduced` flow without a completion.
+        """
+        self._require_completion()
+        log_q = self.log_prob(y)
+        if not self._free:
+            return log_q
+        free = s.index_select(1, torch.tensor(self._free, device=s.device))
+        return log_q + self.completion.log_prob(free.to(y), y)  # type: ignore[union-attr, operator]
+
+    def log_prob_positions(self, positions: Any) -> Tensor:
+        """log q + log g [B] of positions [B, N, 3] (nm), in internal coordinates; -inf outside the domain.
+
+        What MD frames enter BAR with (formula J): ``log w = -u + log J + Φ - log_prob_positions``.
+
+        Raises
+        ------
+        InputError
+            A `reduced` flow without a completion; another number of atoms, or non-finite positions.
+        """
+        self._require_completion()
+        y, s = self.to_internal(positions)
+        with torch.no_grad():
+            log_p = self.joint_log_prob(y, s)
+        return torch.where(self.coordinates.in_domain(y, s), log_p, -torch.inf)
+
+    def _require_completion(self) -> None:
+        if not self.is_complete:
+            raise InputError(
+                f"This reduced flow has no density of {len(self._free)} of its coordinates: train it anew to have its "
+                "completion, or use representation='full'."
+            )
+
     def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """The flow's parameters, for optimisers and gradients."""
+        """The flow's parameters, for optimisers and gradients; not those of the completion."""
         return self.density.parameters()
 
     # -------- coordinates
@@ -230,17 +332,20 @@ class Flow:
             "format_version": FORMAT_VERSION,
             "coordinates": self.coordinates.to_dict(),
             **self.metadata,
+            "completion": None if self.completion is None else {"coordinates": len(self._free)},
         }
-        self.density.eval()
+        self.eval()
         # Through memory: torch's own file writer ends the process when the disk is full.
         buffer = io.BytesIO()
         temporary = None
         try:
             with _quiet_torchscript():
-                scripted = (
-                    self.density if isinstance(self.density, torch.jit.ScriptModule) else torch.jit.script(self.density)
-                )
-                torch.jit.save(scripted, buffer, _extra_files={_EXTRA: json.dumps(metadata)})
+                extra: dict[str, Any] = {_EXTRA: json.dumps(metadata)}
+                if self.completion is not None:
+                    part = io.BytesIO()
+                    torch.jit.save(_scripted(self.completion), part)
+                    extra[_COMPLETION] = part.getvalue()
+                torch.jit.save(_scripted(self.density), buffer, _extra_files=extra)
             with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as handle:
                 temporary = handle.name
                 handle.write(buffer.getvalue())
@@ -255,10 +360,15 @@ class Flow:
                 os.unlink(temporary)
 
     def __repr__(self) -> str:
+        completed = "" if self.completion is None else f", {len(self._free)} completed"
         return (
             f"Flow({self.coordinates.n_atoms} atoms, {self.representation}, {self.coordinates.n_modelled} modelled "
-            f"coordinates, {self.temperature:g} K)"
+            f"coordinates{completed}, {self.temperature:g} K)"
         )
+
+
+def _scripted(module: torch.nn.Module) -> torch.jit.ScriptModule:
+    return module if isinstance(module, torch.jit.ScriptModule) else torch.jit.script(module)
 
 
 def _positions_tensor(positions: Any, n_atoms: int) -> Tensor:
@@ -295,10 +405,13 @@ def load(path: str | os.PathLike[str], *, topology: Any = None) -> Flow:
     path = Path(path)
     if not path.is_file():
         raise ArtifactError(f"There is no flow at {path}.")
-    extra = {_EXTRA: ""}
+    extra: dict[str, Any] = {_EXTRA: "", _COMPLETION: ""}
+    completion = None
     try:
         with _quiet_torchscript():
             density = torch.jit.load(str(path), map_location="cpu", _extra_files=extra)
+            if extra[_COMPLETION]:
+                completion = torch.jit.load(io.BytesIO(extra[_COMPLETION]), map_location="cpu")
     except (RuntimeError, ValueError, OSError) as error:
         raise ArtifactError(f"{path} is not a readable TorchScript file: truncated, or of another kind.") from error
     text = extra[_EXTRA]
@@ -322,7 +435,15 @@ def load(path: str | os.PathLike[str], *, topology: Any = None) -> Flow:
     missing = [key for key in _REQUIRED if key not in metadata]
     if missing:
         raise ArtifactError(f"{path} holds incomplete metadata (no {missing[0]}): export it again.")
-    flow = Flow(density, coordinates, {k: v for k, v in metadata.items() if k != "coordinates"})
+    if (completion is not None) != bool(metadata.get("completion")) or (
+        completion is not None
+        and (completion.training or not all(hasattr(completion, name) for name in _COMPLETION_METHODS))
+    ):
+        raise ArtifactError(f"{path} and its metadata disagree about the completion: export it again.")
+    try:
+        flow = Flow(density, coordinates, {k: v for k, v in metadata.items() if k != "coordinates"}, completion)
+    except InputError as error:
+        raise ArtifactError(f"{path} holds another molecule's completion: export it again.") from error
     if topology is not None:
         flow.check_topology(topology)
     return flow

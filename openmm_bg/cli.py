@@ -1,4 +1,4 @@
-"""The command line: ``openmm-bg train | sample | demo | doctor``."""
+"""The command line: ``openmm-bg simulate | train | sample | demo | doctor``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from openmm_bg.errors import BGError
+from openmm_bg.errors import BGError, InputError
 
 
 def _friendly(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,17 +39,128 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--system", "system_file", required=True, type=click.Path(path_type=Path), help="Serialised System, XML.")
-@click.option("--topology", "topology_file", required=True, type=click.Path(path_type=Path), help="PDB or PDBx/mmCIF.")
+@click.argument("structure", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder, new or empty.")
+@click.option(
+    "--forcefield",
+    multiple=True,
+    default=("amber14-all.xml",),
+    show_default=True,
+    help="OpenMM force field, XML, for .pdb and .cif; may be repeated.",
+)
+@click.option(
+    "--solvent",
+    type=click.Choice(["obc2", "none"]),
+    default="obc2",
+    show_default=True,
+    help="Implicit solvent, unless a --forcefield brings one (implicit/gbn2.xml).",
+)
+@click.option(
+    "--positions", type=click.Path(path_type=Path), help="For .prmtop, .top and .psf: .inpcrd, .gro, .pdb ..."
+)
+@click.option(
+    "--parameters", multiple=True, type=click.Path(path_type=Path), help="For .psf: CHARMM's files; may be repeated."
+)
+@click.option("--chain", help="The chain to keep, where a .pdb or .cif has several.")
+@click.option("--ph", type=float, default=7.0, show_default=True, help="For hydrogens that the structure lacks.")
+@click.option("--temperature", type=float, default=300.0, show_default=True, help="Kelvin.")
+@click.option("--length", type=float, default=5.0, show_default=True, help="Nanoseconds of each replica.")
+@click.option("--interval", type=float, default=1.0, show_default=True, help="Picoseconds between frames.")
+@click.option("--replicas", type=int, default=4, show_default=True, help="Trajectories for training.")
+@click.option(
+    "--test/--no-test", default=True, show_default=True, help="One more, test.dcd, that training leaves alone."
+)
+@click.option("--time-step", type=float, help="Femtoseconds; default 2, or 4 with --hmr.")
+@click.option("--hmr", is_flag=True, help="Repartition hydrogen masses (3 dalton), for 4 fs.")
+@click.option("--friction", type=float, default=1.0, show_default=True, help="1/ps.")
+@click.option("--start-temperature", type=float, default=400.0, show_default=True, help="Kelvin; it sets starts apart.")
+@click.option("--heating", type=float, default=20.0, show_default=True, help="Picoseconds at --start-temperature.")
+@click.option(
+    "--equilibration", type=float, default=100.0, show_default=True, help="Picoseconds before frames are kept."
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--platform", help="OpenMM platform; default: the fastest, by timing.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted simulation, or one with a longer --length.")
+@_friendly
+def simulate(
+    structure: Path,
+    output: Path,
+    forcefield: tuple[str, ...],
+    solvent: Any,
+    positions: Path | None,
+    parameters: tuple[Path, ...],
+    chain: str | None,
+    ph: float,
+    temperature: float,
+    length: float,
+    interval: float,
+    replicas: int,
+    test: bool,
+    time_step: float | None,
+    hmr: bool,
+    friction: float,
+    start_temperature: float,
+    heating: float,
+    equilibration: float,
+    seed: int,
+    platform: str | None,
+    resume: bool,
+) -> None:
+    """Make MD data for training from a structure of one chain: a folder for `openmm-bg train`.
+
+    STRUCTURE is a .pdb or .cif file, or a .prmtop, .top or .psf with --positions. Every replica is heated, cooled and
+    equilibrated from the minimised structure with velocities of its own. Ctrl-C and kill are safe, --resume continues.
+
+    \b
+    Example:
+      openmm-bg simulate protein.pdb -o md/
+      openmm-bg train md/ -o model/
+    """
+    from openmm_bg.simulate.protocol import HYDROGEN_MASS, Protocol
+    from openmm_bg.simulate.run import simulate as run
+
+    protocol = Protocol(
+        temperature=temperature,
+        friction=friction,
+        time_step=(time_step if time_step is not None else 4.0 if hmr else 2.0) / 1000,
+        hydrogen_mass=HYDROGEN_MASS if hmr else None,
+        interval=interval,
+        length=1000 * length,
+        replicas=replicas,
+        test=test,
+        start_temperature=start_temperature,
+        heating=heating,
+        equilibration=equilibration,
+        seed=seed,
+    )
+    summary = run(
+        structure,
+        output,
+        protocol,
+        forcefield=forcefield,
+        solvent=solvent,
+        positions=positions,
+        parameters=parameters,
+        chain=chain,
+        ph=ph,
+        platform=platform,
+        resume=resume,
+    )
+    click.echo(str(summary))
+
+
+@main.command()
+@click.argument("folder", required=False, type=click.Path(path_type=Path))
+@click.option("--system", "system_file", type=click.Path(path_type=Path), help="Serialised System, XML.")
+@click.option("--topology", "topology_file", type=click.Path(path_type=Path), help="PDB or PDBx/mmCIF.")
 @click.option(
     "--trajectory",
     "trajectory_files",
-    required=True,
     multiple=True,
     type=click.Path(path_type=Path),
     help="Frames in time order, any format MDTraj reads; may be repeated.",
 )
-@click.option("--temperature", required=True, type=float, help="Kelvin.")
+@click.option("--temperature", type=float, help="Kelvin.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for the model.")
 @click.option("--log-weights", type=click.Path(path_type=Path), help=".npy file [frames] for biased frames.")
 @click.option("--representation", type=click.Choice(["full", "reduced"]), default="full", show_default=True)
@@ -60,10 +171,11 @@ def main() -> None:
 @click.option("--resume", is_flag=True, help="Continue an interrupted run in the same folder.")
 @_friendly
 def train(
-    system_file: Path,
-    topology_file: Path,
+    folder: Path | None,
+    system_file: Path | None,
+    topology_file: Path | None,
     trajectory_files: tuple[Path, ...],
-    temperature: float,
+    temperature: float | None,
     output: Path,
     log_weights: Path | None,
     representation: Any,
@@ -75,22 +187,41 @@ def train(
 ) -> None:
     """Train a flow for a single molecule.
 
-    Writes flow.bg, the loss curve and checkpoints; Ctrl-C is safe, --resume continues.
+    The data are a FOLDER made by `openmm-bg simulate`, or --system, --topology, --trajectory and --temperature. Writes
+    flow.bg, the loss curve and checkpoints; Ctrl-C is safe, --resume continues.
 
     \b
     Example:
+      openmm-bg train md/ -o model/
       openmm-bg train --system system.xml --topology top.pdb --trajectory traj.dcd --temperature 300 -o model/
     """
     from openmm_bg.commands import read_log_weights, read_system, read_topology
 
-    system, topology = read_system(system_file), read_topology(topology_file)
+    system: Any
+    trajectory: Any
+    if folder is not None:
+        if system_file or topology_file or trajectory_files or temperature is not None:
+            raise InputError(
+                f"{folder} brings System, topology, trajectories and temperature: leave out their options."
+            )
+        from openmm_bg.simulate.folder import read_training_data
+
+        data = read_training_data(folder)
+        system, topology, trajectory, temperature = data.system, data.topology, data.positions, data.temperature
+    elif system_file is None or topology_file is None or not trajectory_files or temperature is None:
+        raise InputError(
+            "Give a folder made by openmm-bg simulate, or all of --system, --topology, --trajectory and --temperature."
+        )
+    else:
+        system, topology = read_system(system_file), read_topology(topology_file)
+        trajectory = [str(path) for path in trajectory_files]
     weights = None if log_weights is None else read_log_weights(log_weights)
     from openmm_bg.training.run import train as run
 
     flow = run(
         system,
         topology,
-        [str(path) for path in trajectory_files],
+        trajectory,
         temperature,
         log_weights=weights,
         representation=representation,
@@ -103,7 +234,7 @@ def train(
     record = flow.metadata["training"]
     click.echo(
         f"{output / 'flow.bg'}: {flow.coordinates.n_modelled} coordinates, {record['steps']} steps, "
-        f"effective sample size {record['reverse_ess']:.1%}"
+        f"effective sample size {record.get('completed_ess', record['reverse_ess']):.1%}"
     )
 
 

@@ -52,7 +52,7 @@ class DemoSettings:
     seconds_pilot: float = 15.0
     seconds_md: float = 120.0
     seconds_likelihood: float = 60.0
-    seconds_energies: float = 330.0
+    seconds_energies: float = 240.0
     n_samples: int = 100_000
     n_rounds: int = 2_500
     md_steps: int = 50

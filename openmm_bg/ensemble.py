@@ -46,14 +46,15 @@ class Ensemble:
     reduced_potentials : ndarray, shape [n]
         u = U/kT at the target's temperature.
     log_q : ndarray, shape [n]
-        Log-density of the flow (formula A: of all internal coordinates; B: of the modelled ones).
+        Log-density of the flow (formula A: of all internal coordinates; B: of the modelled ones; C: of the modelled
+        ones and of the completion's, log q + log g).
     log_weights : ndarray, shape [n]
         -inf where the weight is zero; unclipped.
     n_nonfinite : int
         How many samples have weight zero because they lay outside the coordinates' domain or their energy
         was not finite.
     label : str
-        What the weights are exact for: "exact" (formula A, the force field) or "rigid" (formula B, the
+        What the weights are exact for: "exact" (formula A or C, the force field) or "rigid" (formula B, the
         conditional density at fixed values of the coordinates that are not modelled, and nothing else).
     topology : openmm.app.Topology, optional
 

@@ -35,15 +35,16 @@ _lock = threading.Lock()
 def FlowForce(
     path: str | os.PathLike[str] | Flow, temperature: Any, parameter: str = "flow_scale"
 ) -> openmm.PythonForce:
-    """A force whose potential is ``-kT (log q(y) - log J - Φ)`` times a global parameter.
+    """A force whose potential is ``-kT (log q(y) + log g(s|y) - log J - Φ)`` times a global parameter.
 
     MD at ``temperature`` under this force alone samples the flow. The System must have the masses and constraints
-    that the flow was trained with: they make up Φ, and nothing else holds the constrained lengths.
+    that the flow was trained with: they make up Φ, and nothing else holds the constrained lengths. g is the completion
+    of a `reduced` flow; a `full` one needs none.
 
     Parameters
     ----------
     path
-        Artifact of a `full` flow.
+        Artifact of a `full` flow, or of a `reduced` one with a completion.
     temperature
         K or Quantity: kT of the potential.
     parameter
@@ -63,8 +64,8 @@ def FlowForce(
         The artifact cannot be read. In MD, as an OpenMMException: in a process that has not read it yet, the file
         has vanished or changed.
     InputError
-        The flow is `reduced`; a bad temperature or parameter name. In MD, as an OpenMMException: another number of
-        particles, or kept lengths that the System does not constrain.
+        The flow is `reduced` without a completion; a bad temperature or parameter name. In MD, as an OpenMMException:
+        another number of particles, or kept lengths that the System does not constrain.
 
     Notes
     -----
@@ -90,12 +91,11 @@ def FlowForce(
     kT = thermal_energy(temperature)
     file = Path(path).absolute()
     flow, digest = _read(file)
-    kept = [c for c in flow.coordinates.coordinates if not (c.modelled or c.constrained)]
-    if kept:
+    if not flow.is_complete:
+        kept = [c for c in flow.coordinates.coordinates if not (c.modelled or c.constrained)]
         raise InputError(
             f"{file} holds a {flow.representation!r} flow, which says nothing of {len(kept)} coordinates: its force "
-            "needs a completion, their density given the rest, which is not in this version, so train with "
-            "representation='full'."
+            "needs a completion, their density given the rest, so train it anew, or with representation='full'."
         )
     _flows.setdefault(digest, flow)
     force = openmm.PythonForce(FlowPotential(str(file), digest, kT, parameter), {parameter: 1.0})
@@ -145,7 +145,7 @@ class FlowPotential:
         return _flows[self.sha256]
 
     def log_density(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """log q - log J - Φ [B] at positions [B, N, 3] (nm), float64, and whether they are inside the domain [B].
+        """log q + log g - log J - Φ [B] at positions [B, N, 3] (nm), float64, and which are inside the domain [B].
 
         Raises
         ------
@@ -160,14 +160,15 @@ class FlowPotential:
                 "name the molecule's with setParticles()."
             )
         y, s = coordinates.to_internal(positions)
-        if coordinates.n_fixed:
-            off = float((s.detach() - coordinates.reference_fixed).abs().max())
+        held = [k for k, c in enumerate(c for c in coordinates.coordinates if not c.modelled) if c.constrained]
+        if held:
+            off = float((s.detach() - coordinates.reference_fixed)[:, held].abs().max())
             if off > LENGTH_SLACK:
                 raise InputError(
                     f"A bond length that the flow keeps fixed is {off:.3f} nm off: give the System the constraints "
                     "that the flow was trained with."
                 )
-        log_p = flow.log_prob(y).double() - coordinates.log_volume(y, s)
+        log_p = flow.joint_log_prob(y, s).double() - coordinates.log_volume(y, s)
         return log_p, coordinates.in_domain(y, s)
 
     def energy_and_forces(self, positions: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -1,7 +1,7 @@
 """`BoltzmannGeneratorSampler`: a flow paired with an OpenMM Context.
 
-Formulas A and B (weights), D and E (moves) of docs/theory.md meet here; the rules themselves are in `weights` and
-`moves`, the energies in `energy`.
+Formulas A, B and C (weights), D and E (moves) of docs/theory.md meet here; the rules themselves are in `weights` and
+`moves`, the energies in `energy`, the checks of what comes in in `matching`.
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only the
 
 from openmm_bg import moves
 from openmm_bg.artifact import Flow, load
-from openmm_bg.coordinates import CoordinateMap, place_like, read_constraints
-from openmm_bg.energy import ContextPool, Target, in_kelvin, thermal_energy
+from openmm_bg.coordinates import place_like, read_constraints
+from openmm_bg.energy import ContextPool, Target, thermal_energy
 from openmm_bg.ensemble import Ensemble
 from openmm_bg.errors import EnergyError, InputError
+from openmm_bg.matching import context_positions, match_system, require_count, target_temperature, usable_device
 
 logger = logging.getLogger(__name__)
 
-#: Lengths of constrained bonds must agree between model and System within this, nm.
-LENGTH_TOLERANCE = 1e-6
 #: torch has one global generator: samplers in several threads take turns, or they would share draws.
 _STREAM = threading.Lock()
 #: Frames handled at once: bounds the memory of the flow's intermediates, whatever n a user asks for.
@@ -85,7 +84,7 @@ class BoltzmannGeneratorSampler:
         platform: str | None = None,
         n_workers: int | None = None,
     ) -> None:
-        _require_count("n_proposals", n_proposals)
+        require_count("n_proposals", n_proposals)
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0):
             raise InputError(f"The seed must be a whole number of at least 0, got {seed!r}.")
         if not isinstance(context, openmm.Context):
@@ -94,10 +93,12 @@ class BoltzmannGeneratorSampler:
         self.flow = flow if isinstance(flow, Flow) else load(flow)
         self.context = context
         self._asked_temperature = temperature
-        self.temperature = _target_temperature(temperature, context)
+        self.temperature = target_temperature(temperature, context)
         self.n_proposals = int(n_proposals)
-        self.device = _usable_device(device)
+        self.device = usable_device(device)
         self.flow.density.to(self.device)
+        if self.flow.completion is not None:
+            self.flow.completion.to(self.device)
         self._system = context.getSystem()
         self.coordinates, self._freed = match_system(self.flow, self._system)
         self._rng = np.random.default_rng(seed)
@@ -141,7 +142,10 @@ class BoltzmannGeneratorSampler:
 
     @property
     def label(self) -> Literal["exact", "rigid"]:
-        """What weights of `sample` are exact for: the force field (A), or the manifold s = s0 (B)."""
+        """What weights at s = s0 are exact for: the force field (A), or the manifold s = s0 (B, a `reduced` flow).
+
+        An `Ensemble` of formula C, whose s a completion has drawn, says "exact" itself.
+        """
         rest = (c for c in self.coordinates.coordinates if not c.modelled)
         return "exact" if all(c.constrained for c in rest) else "rigid"
 
@@ -163,33 +167,48 @@ class BoltzmannGeneratorSampler:
         with torch.no_grad():
             return self.flow.log_prob(y.to(self.device, torch.float64)).to("cpu", torch.float64)
 
-    # ---------------------------------------------------------------- weights: formulas A and B
+    def _draw_completed(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """s ~ g(s|y) with the System's constrained lengths, and log g, in float64 on the CPU."""
+        with self._own_stream():
+            s, log_g = self.flow.complete(y.to(self.device), self.coordinates.reference_fixed)
+        return s.cpu(), log_g.cpu()
 
-    def sample(self, n: int) -> Ensemble:
-        """n independent samples of the flow with their importance weights (formula A; `reduced`: formula B).
+    # ---------------------------------------------------------------- weights: formulas A, B and C
+
+    def sample(self, n: int, *, completion: bool | None = None) -> Ensemble:
+        """n independent samples of the flow with their importance weights.
+
+        A `full` flow's weights are formula A's. A `reduced` flow with a completion draws s as well and has those of
+        formula C, exact for the force field; without one s stays at its reference values and they are formula B's.
 
         Parameters
         ----------
         n
             Number of samples, at least 1. Memory beyond the result itself does not grow with n.
+        completion
+            False leaves the completion out (formula B), True insists on one; None uses it where the flow has one.
 
         Returns
         -------
         Ensemble
-            Weight zero where a sample lies outside the coordinates' domain or has no finite energy.
+            Weight zero where a sample lies outside the coordinates' domain or has no finite energy. Its ``log_q`` is
+            log q, with a completion log q + log g; its ``label`` is "exact" (A, C) or "rigid" (B).
 
         Raises
         ------
         InputError
             n < 1; a barostat; lengths that the flow keeps fixed but the System does not; forces that depend on where
-            the molecule stands.
+            the molecule stands; ``completion=True`` and a `reduced` flow without one.
         EnergyError
             The Context no longer has the energies of its System.
         """
-        _require_count("The number of samples", n)
+        require_count("The number of samples", n)
+        if completion and not self.flow.is_complete:
+            raise InputError("This reduced flow has no completion: train it anew, or leave completion=True out.")
         self._follow()
         self._refuse_sampling()
         self._require_invariance()
+        drawn = self.flow.completion is not None and completion is not False
         try:
             positions = np.empty((n, self.coordinates.n_atoms, 3))
             reduced, log_q, log_weights = np.empty(n), np.empty(n), np.empty(n)
@@ -201,6 +220,9 @@ class BoltzmannGeneratorSampler:
             stop = min(n, start + CHUNK)
             y, lq = self._draw(stop - start)
             fixed = s.expand(len(y), -1)
+            if drawn:
+                fixed, log_g = self._draw_completed(y)
+                lq = lq + log_g
             log_density, x = self.target.log_density_and_positions(y, fixed)
             u = self._reduced_potential(y, fixed, log_density)
             weight = (log_density - lq).nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
@@ -213,7 +235,7 @@ class BoltzmannGeneratorSampler:
             log_q=log_q,
             log_weights=log_weights,
             n_nonfinite=int(np.isneginf(log_weights).sum()),
-            label=self.label,
+            label="exact" if drawn else self.label,
             topology=self.flow.topology,
         )
 
@@ -224,13 +246,13 @@ class BoltzmannGeneratorSampler:
 
     def _follow(self) -> None:
         """Catch up with the Context: parameters, box, forces, and after a reinitialisation constraints and masses."""
-        self.flow.density.eval()  # dropout would void every density
+        self.flow.eval()  # dropout would void every density
         self.pool.sync()
         system = self.context.getSystem()
         if read_constraints(system, self.flow.topology) != self.coordinates.constraints:
             self.coordinates, self._freed = match_system(self.flow, system)
         self._system = system
-        self.temperature = _target_temperature(self._asked_temperature, self.context)
+        self.temperature = target_temperature(self._asked_temperature, self.context)
         self.target = Target(self.coordinates, self.pool, self.temperature)
 
     def _refuse_sampling(self) -> None:
@@ -248,7 +270,7 @@ class BoltzmannGeneratorSampler:
 
     def _require_invariance(self) -> None:
         """Formula A integrates over rigid motion: the energy must not depend on where the molecule stands."""
-        x = _context_positions(self.context)
+        x = context_positions(self.context)
         turned = x - x.mean(0)
         rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
         rotation *= np.sign(np.linalg.det(rotation))
@@ -269,7 +291,8 @@ class BoltzmannGeneratorSampler:
 
         ``.backward()`` fills the gradients of the flow's parameters, through OpenMM's forces. Samples without a finite
         energy are left out of the mean and counted in ``pool.n_nonfinite``. Nothing is clipped: a steric clash
-        dominates the value, so that training uses `openmm_bg.training` with its energy regulariser.
+        dominates the value, so that training uses `openmm_bg.training` with its energy regulariser. What a `reduced`
+        flow does not model stands at its reference values, completion or not.
 
         Parameters
         ----------
@@ -288,7 +311,7 @@ class BoltzmannGeneratorSampler:
         EnergyError
             Not one of the n samples has a finite energy.
         """
-        _require_count("The number of samples", n)
+        require_count("The number of samples", n)
         self._follow()
         self._refuse_sampling()
         self._require_invariance()
@@ -331,10 +354,10 @@ class BoltzmannGeneratorSampler:
         EnergyError
             The Context no longer has the energies of its System.
         """
-        _require_count("The number of steps", n)
+        require_count("The number of steps", n)
         before = self.pool.n_energies
         self._follow()
-        current = torch.from_numpy(_context_positions(self.context))
+        current = torch.from_numpy(context_positions(self.context))
         y0, s = self.coordinates.to_internal(current[None])
         self.coordinates.require_lengths(y0, s)
         inside = bool(self.coordinates.in_domain(y0, s)[0])
@@ -400,97 +423,3 @@ class BoltzmannGeneratorSampler:
             masses = np.array([self._system.getParticleMass(i)._value for i in range(len(velocities))])
             drift = (masses[:, None] * velocities).sum(0) / masses.sum()
             self.context.setVelocities(velocities - drift)
-
-
-# -------------------------------------------------------------------- the sampler's input, checked
-
-
-def _require_count(name: str, n: Any) -> None:
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
-        raise InputError(f"{name} must be a whole number, got {n!r}.")
-    if n < 1:
-        raise InputError(f"{name} must be at least 1, got {n}.")
-
-
-def _target_temperature(temperature: Any, context: openmm.Context) -> float:
-    if temperature is None:
-        integrator = context.getIntegrator()
-        if not hasattr(integrator, "getTemperature"):
-            raise InputError(f"A {type(integrator).__name__} has no temperature: pass temperature= to the sampler.")
-        temperature = integrator.getTemperature()
-    return in_kelvin(temperature)
-
-
-def _usable_device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        wanted = torch.device(device)
-        torch.zeros(1, device=wanted)
-        return wanted
-    except (RuntimeError, AssertionError) as error:
-        logger.warning("The device %s cannot be used (%s): the flow runs on the CPU.", device, _first_line(error))
-        return torch.device("cpu")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _context_positions(context: openmm.Context) -> np.ndarray:
-    """Positions [N, 3] in nm, float64 and contiguous."""
-    try:
-        x = context.getState(positions=True).getPositions(asNumpy=True)._value
-    except openmm.OpenMMException as error:
-        reason = _first_line(error)
-        raise InputError(f"The Context has no positions yet ({reason}): call setPositions first.") from error
-    if not np.isfinite(x).all():
-        raise InputError("The Context's positions contain NaN or infinite values: set them before sampling.")
-    return np.ascontiguousarray(x, dtype=np.float64)
-
-
-def match_system(flow: Flow, system: openmm.System) -> tuple[CoordinateMap, set[tuple[int, int]]]:
-    """The flow's coordinates with this System's constraints and masses, and the lengths that it leaves free."""
-    constraints = read_constraints(system, flow.topology)
-    ours = flow.coordinates.constraints
-    trained = {(min(p), max(p)): d for p, d in zip(ours.bonds, ours.lengths, strict=True)}
-    found = {(min(p), max(p)): d for p, d in zip(constraints.bonds, constraints.lengths, strict=True)}
-    extra = sorted(found.keys() - trained.keys())
-    if extra:
-        raise InputError(
-            f"The System constrains {len(extra)} bonds that the flow models (first: atoms {extra[0]}): "
-            "use the constraints it was trained with."
-        )
-    for pair, length in found.items():
-        if abs(length - trained[pair]) > LENGTH_TOLERANCE:
-            raise InputError(
-                f"The System constrains bond {pair} to {length:.6f} nm, the flow to {trained[pair]:.6f} nm: "
-                "another force field's lengths need another flow."
-            )
-    _match_bonds(flow, system, found.keys())
-    return flow.coordinates.with_constraints(constraints), trained.keys() - found.keys()
-
-
-def _match_bonds(flow: Flow, system: openmm.System, constrained: Any) -> None:
-    """A System whose bonded terms skip one of the flow's bonds has another molecule, or another atom order."""
-    bonded = set(constrained)
-    seen = False
-    for force in system.getForces():
-        if isinstance(force, openmm.HarmonicBondForce):
-            seen = True
-            for k in range(force.getNumBonds()):
-                i, j = force.getBondParameters(k)[:2]
-                bonded.add((min(i, j), max(i, j)))
-    if not seen:
-        return
-    missing = [tuple(b) for b in _iterate_bonds(flow) if tuple(b) not in bonded]
-    if missing:
-        raise InputError(
-            f"The System has no bond between atoms {missing[0]}, the flow's molecule has: "
-            "it is another molecule or another atom order."
-        )
-
-
-def _iterate_bonds(flow: Flow) -> Iterator[tuple[int, int]]:
-    for a, b in flow.topology.bonds():
-        yield (min(a.index, b.index), max(a.index, b.index))

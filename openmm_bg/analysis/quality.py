@@ -51,17 +51,30 @@ def reverse_figures(ensemble: Ensemble, inside: ArrayLike) -> dict[str, float]:
 def frame_log_weights(
     density: Any, coordinates: CoordinateMap, target: Target, positions: ArrayLike
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """log π - log q [n] of MD frames [n, N, 3] (nm), and whether each lies in the sector that the flow models [n].
+    """log w [n] of MD frames [n, N, 3] (nm), and whether each lies in the sector that the flow models [n].
 
-    +inf where q = 0, inside the sector or outside.
+    log π - log q, and of a `reduced` flow with a completion log π - log q - log g: what `free_energy.bar` needs beside
+    the weights of `BoltzmannGeneratorSampler.sample`. +inf where q = 0, inside the sector or outside.
+
+    Parameters
+    ----------
+    density
+        A `Flow`; of a `full` one its density does as well.
+    coordinates, target
+        Those of a sampler: the System's masses and constraints, its energies and temperature.
+    positions
+        [n, N, 3] nm; decorrelated for BAR.
 
     Raises
     ------
     InputError
-        A `reduced` flow: its density is not one of all coordinates.
+        A `reduced` flow without a completion: its density is not one of all coordinates.
     """
-    if not all(c.constrained or c.modelled for c in coordinates.coordinates):
-        raise InputError("A reduced flow has no forward weights: they need a density of every coordinate.")
+    completed = getattr(density, "completion", None) is not None
+    if not completed and not all(c.constrained or c.modelled for c in coordinates.coordinates):
+        raise InputError(
+            "A reduced flow without a completion has no forward weights: they need a density of every coordinate."
+        )
     x = torch.as_tensor(np.asarray(positions), dtype=torch.float64)
     found, sector = np.full(len(x), np.inf), np.zeros(len(x), dtype=bool)
     for start in range(0, len(x), 2048):
@@ -70,8 +83,10 @@ def frame_log_weights(
         rows = start + np.flatnonzero(inside.numpy())
         sector[rows] = True
         if len(rows):
+            y, s = y[inside], s[inside]
             with torch.no_grad():
-                found[rows] = (target.log_density(y[inside], s[inside]) - density.log_prob(y[inside])).numpy()
+                log_q = density.joint_log_prob(y, s) if completed else density.log_prob(y)
+                found[rows] = (target.log_density(y, s) - log_q).numpy()
     return found, sector
 
 

@@ -19,8 +19,8 @@ class FeatureLayout:
     backbone
         True for the backbone channel of the split flow, False for the side-chain channel.
     fold
-        n-fold symmetry of a circular coordinate: the flow models v = n·y - shift modulo 2π and a sample
-        draws its branch uniformly. 1 for everything that is not a rotor of identical atoms.
+        n-fold symmetry of a circular coordinate: the flow bends v = n·y - shift modulo 2π, all branches alike,
+        and lets other coordinates see the branch. 1 for everything that is not a rotor of identical atoms.
     concentration
         κ of the von Mises base density of a circular coordinate, 0 for a uniform base. 0 for linear ones.
     shift

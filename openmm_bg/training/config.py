@@ -279,7 +279,7 @@ class TrainingConfig(_Strict):
                         name="nll", losses=LossWeights(nll=1.0), epochs=8, seconds=60.0, learning_rate=2e-3,
                         keep_best=True,
                     ),
-                    Stage(name="variance", losses=LossWeights(variance=1.0), seconds=330.0, learning_rate=1e-3),
+                    Stage(name="variance", losses=LossWeights(variance=1.0), seconds=240.0, learning_rate=1e-3),
                 ],
             )  # fmt: skip
         if name == "paper":

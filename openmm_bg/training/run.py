@@ -21,6 +21,8 @@ from openmm_bg.coordinates import CoordinateMap, MoleculeGraph, read_constraints
 from openmm_bg.energy import ContextPool, Target, in_kelvin, make_context
 from openmm_bg.errors import InputError
 from openmm_bg.flow import build_flow
+from openmm_bg.flow.completion import Completion
+from openmm_bg.training.completion import fit_completion, free_columns
 from openmm_bg.training.config import TrainingConfig
 from openmm_bg.training.dataset import Dataset
 from openmm_bg.training.threads import fastest_threads
@@ -71,7 +73,8 @@ def train(
     log_weights
         [n], up to a constant, for frames of a biased or tempered run; minus infinity leaves a frame out.
     representation
-        "full" models every unconstrained coordinate, "reduced" the torsions and backbone angles alone.
+        "full" models every unconstrained coordinate, "reduced" the torsions and backbone angles alone; the others get
+        a completion g(s|y) from the same frames, after the flow.
     config
         Preset ("cpu", "paper"), YAML file, dict or `TrainingConfig`.
     directory
@@ -132,7 +135,10 @@ def train(
         sample = dataset.y[: config.batch_size].float()
         with fastest_threads(lambda: _trial_step(density, sample)):
             trainer.run(resume=resume)
-        record = _training_record(trainer, density, target, coordinates, len(positions))
+            completion, fitted = _complete(coordinates, topology, dataset, config)
+        record = _training_record(trainer, density, target, coordinates, len(positions), completion)
+    if fitted:
+        record["completion"] = fitted
     metadata = {
         "temperature": kelvin,
         "topology": topology_to_dict(topology),
@@ -140,7 +146,7 @@ def train(
         "versions": _versions(),
         "training": record,
     }
-    flow = Flow(density, coordinates, metadata)
+    flow = Flow(density, coordinates, metadata, completion)
     if directory is not None:
         flow.save(Path(directory) / "flow.bg")
     return flow
@@ -327,27 +333,53 @@ def _platform(name: str | None) -> tuple[openmm.Platform, ...]:
     return (openmm.Platform.getPlatformByName(name),)
 
 
+def _complete(
+    coordinates: CoordinateMap, topology: Any, dataset: Dataset, config: TrainingConfig
+) -> tuple[Completion | None, dict[str, float]]:
+    """g(s|y) and the record of its fit, on the trainer's own split; None if nothing is left to complete."""
+    if not free_columns(coordinates):
+        return None, {}
+    train, held = dataset.split(config.validation_fraction, config.validation_blocks, config.seed)
+    return fit_completion(coordinates, topology, train, held, seed=config.seed)
+
+
 def _training_record(
-    trainer: Trainer, density: torch.nn.Module, target: Target, coordinates: CoordinateMap, n_frames: int
+    trainer: Trainer,
+    density: torch.nn.Module,
+    target: Target,
+    coordinates: CoordinateMap,
+    n_frames: int,
+    completion: Completion | None,
 ) -> dict[str, Any]:
-    """What the artifact remembers of its making."""
+    """What the artifact remembers of its making; of a flow with a completion the ESS of formula C, too."""
     n_energies = trainer.objective.n_energies  # before those of the record itself
-    log_w = []
+    log_w, log_w_completed = [], []
+    columns = free_columns(coordinates)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(trainer.config.seed + 1)
         for _ in range(0, RECORD_SAMPLES, 2000):
-            y, log_q = density.sample(2000)  # type: ignore[operator]
-            value = target.log_density(y, coordinates.reference_fixed.expand(len(y), -1)) - log_q
+            y, log_q = (part.cpu() for part in density.sample(2000))  # type: ignore[operator]
+            s = coordinates.reference_fixed.repeat(len(y), 1)
+            value = target.log_density(y, s) - log_q
             log_w.append(value.nan_to_num(nan=-torch.inf, posinf=-torch.inf))
+            if completion is not None:
+                s[:, columns], log_g = completion.sample(y)
+                value = target.log_density(y, s) - log_q - log_g
+                log_w_completed.append(value.nan_to_num(nan=-torch.inf, posinf=-torch.inf))
     ess = effective_sample_size(torch.cat(log_w).numpy())
-    logger.info("Effective sample size of %d samples: %.1f %%.", RECORD_SAMPLES, 100 * ess)
+    what = " at fixed s" if completion is not None else ""
+    logger.info("Effective sample size of %d samples%s: %.1f %%.", RECORD_SAMPLES, what, 100 * ess)
+    figures = {"reverse_ess": ess}  # on the System trained for
+    if completion is not None:
+        figures["completed_ess"] = effective_sample_size(torch.cat(log_w_completed).numpy())
+        logger.info("With the completion (exact weights): %.2g %%.", 100 * figures["completed_ess"])
     last = trainer.history[-1] if trainer.history else {}
     return {
         "config": trainer.config.model_dump(mode="json"),
         "frames": n_frames,
         "steps": trainer.step,
         "n_energies": n_energies,
-        "reverse_ess": ess,  # on the System trained for
+        **figures,
         "last": {k: v for k, v in last.items() if isinstance(v, (int, float, str)) and v == v},
         "date": datetime.date.today().isoformat(),
     }

@@ -10,6 +10,8 @@ from openmm import app  # isort: skip
 from openmm_bg.artifact import Flow, compress_text, topology_to_dict
 from openmm_bg.coordinates import Constraints, CoordinateMap, InternalCoordinates, build_zmatrix
 from openmm_bg.flow import FlowConfig, build_flow
+from openmm_bg.flow.completion import Completion
+from openmm_bg.training.completion import describe, free_columns
 
 #: Light atoms move fast, and a carrier lighter than its hydrogens makes Φ matter.
 MASSES = [2.0, 2.0, 1.0, 4.0, 4.0]
@@ -51,8 +53,8 @@ class Small:
         r = torch.full((n, 2), LENGTH, dtype=torch.float64)
         return InternalCoordinates(zmatrix).to_positions(seed, r, normal(1.9, 0.2, 2), phi).numpy()
 
-    def make(self, representation, path, noise=0.15):
-        """An untrained flow with disturbed parameters: far from a Gaussian, and still a density."""
+    def make(self, representation, path, noise=0.15, completed=False):
+        """An untrained flow with disturbed parameters: far from a Gaussian, and still a density; its g likewise."""
         coordinates = CoordinateMap.fit(self.topology, self.frames, self.constraints, representation)
         config = FlowConfig(split=False, n_backbone_blocks=0, n_joint_blocks=2, hidden=8, n_hidden=0, linear="affine")
         density = build_flow(coordinates.layout, config, seed=1)
@@ -65,15 +67,39 @@ class Small:
             "topology": topology_to_dict(self.topology),
             "system": compress_text(openmm.XmlSerializer.serialize(self.system)),
         }
-        flow = Flow(density, coordinates, metadata)
+        completion = None
+        if completed:
+            s = coordinates.to_internal(torch.from_numpy(self.frames))[1][:, free_columns(coordinates)]
+            completion = Completion(coordinates.layout, describe(s, [False] * s.shape[1]), hidden=8)
+            with torch.no_grad():
+                for parameter in completion.parameters():
+                    parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        flow = Flow(density, coordinates, metadata, completion)
         flow.save(path)
         return flow
+
+    def draw(self, n, seed=3):
+        """y [n, D] and s [n, S] of the flow and its completion that lie in the domain."""
+        torch.manual_seed(seed)
+        y, _ = self.flow.sample(n)
+        s, _ = self.flow.complete(y)
+        inside = self.flow.coordinates.in_domain(y, s)
+        return y[inside], s[inside]
 
     def sample(self, n, seed=3):
         """y [n, D] of the flow that lie in the domain."""
         torch.manual_seed(seed)
         y, _ = self.flow.sample(n)
         return y[self.flow.coordinates.in_domain(y, self.flow.coordinates.reference_fixed)]
+
+
+@pytest.fixture(scope="session")
+def completed(tmp_path_factory):
+    """The same molecule with a `reduced` flow and its completion."""
+    small = Small(tmp_path_factory.mktemp("completed"))
+    small.path = small.path.with_name("completed.bg")
+    small.flow = small.make("reduced", small.path, completed=True)
+    return small
 
 
 @pytest.fixture(scope="session")

@@ -105,6 +105,19 @@ def test_energy_is_the_formula(small):
     assert np.std(fixman) > 0.05  # so that a lost Φ would show
 
 
+def test_energy_of_a_completed_flow(completed):
+    """log q and log g from the sampling direction."""
+    torch.manual_seed(4)
+    y, log_q = completed.flow.sample(20)
+    s, log_g = completed.flow.complete(y)
+    assert completed.flow.representation == "reduced" and float(log_g.std()) > 0.5
+    context = context_of(system_of(completed.system, FlowForce(completed.path, TEMPERATURE)), completed.frames[0])
+    for x, log_p in zip(completed.flow.to_positions(y, s).numpy(), (log_q + log_g).numpy(), strict=True):
+        log_j, phi = volume_by_hand(x, completed.flow.coordinates.zmatrix, completed.constraints)
+        context.setPositions(x)
+        assert energy_of(context) == pytest.approx(-KT * (log_p - log_j - phi), abs=1e-3)
+
+
 def test_energy_of_the_dipeptide():
     molecule = bg.load_alanine_dipeptide()
     force = FlowForce(files("openmm_bg.data") / "alanine_dipeptide.bg", TEMPERATURE)
@@ -154,6 +167,20 @@ def test_forces_are_the_slope_to_many_digits(small, tmp_path, forget):
     forces = forces_of(context)
     directions = np.eye(15).reshape(15, 5, 3)
     expected = -slopes(context, x, directions, 1e-4).reshape(5, 3)
+    np.testing.assert_allclose(forces, expected, atol=1e-6 * np.abs(expected).max())
+
+
+def test_forces_of_a_completed_flow_are_the_slope(completed, tmp_path, forget):
+    path = tmp_path / "double.bg"
+    completed.make("reduced", path, completed=True)
+    force = FlowForce(path, TEMPERATURE)
+    for flow in force_module._flows.values():
+        flow.density.double()
+        flow.completion.double()
+    x = completed.flow.to_positions(*completed.draw(3))[2].numpy()
+    context = context_of(system_of(completed.system, force), x)
+    forces = forces_of(context)
+    expected = -slopes(context, x, np.eye(15).reshape(15, 5, 3), 1e-4).reshape(5, 3)
     np.testing.assert_allclose(forces, expected, atol=1e-6 * np.abs(expected).max())
 
 
@@ -310,7 +337,7 @@ def one_sentence(error):
     return "\n" not in text.strip() and "Traceback" not in text
 
 
-def test_reduced_flow_is_refused(small, tmp_path):
+def test_reduced_flow_without_completion_is_refused(small, tmp_path):
     path = tmp_path / "reduced.bg"
     small.make("reduced", path)
     with pytest.raises(InputError, match="completion") as error:
@@ -388,6 +415,9 @@ class Copies(FlowPotential):
         if self.omit == "volume":
             y, s = self.flow.coordinates.to_internal(positions)
             log_p = log_p + self.flow.coordinates.log_volume(y, s)
+        if self.omit == "half of log g":
+            y, s = self.flow.coordinates.to_internal(positions)
+            log_p = log_p - 0.5 * (self.flow.joint_log_prob(y, s) - self.flow.log_prob(y))
         return log_p, inside
 
     def __call__(self, state):
@@ -400,13 +430,20 @@ class WithoutVolume(Copies):
     omit = "volume"
 
 
+class HalfCompletion(Copies):
+    omit = "half of log g"  # without all of it nothing would hold the molecule together
+
+
 def observables(small, y, s):
-    """log J + Φ, what its loss moves most, and the size and direction of the flow's latent variables."""
+    """log J + Φ, what its loss moves most, and the size and direction of the flow's latent variables; log g."""
     with torch.no_grad():
+        log_g = small.flow.joint_log_prob(y, s) - small.flow.log_prob(y)
         z, _ = small.flow.inverse(y)
         linear = ~torch.tensor(small.flow.coordinates.layout.circular)
         volume = small.flow.coordinates.log_volume(y, s)
-    columns = (volume, z[:, linear].square().sum(-1), z[:, ~linear].cos().sum(-1), z[:, linear].sum(-1))
+    columns = [volume, z[:, linear].square().sum(-1), z[:, ~linear].cos().sum(-1), z[:, linear].sum(-1)]
+    if small.flow.completion is not None:
+        columns.append(log_g)
     return torch.stack(columns, -1).numpy()
 
 
@@ -424,7 +461,8 @@ def worst_deviation(small, potential_type, bath, seed=5):
     integrator.setConstraintTolerance(1e-8)
     integrator.setRandomNumberSeed(seed)
     context = openmm.Context(system, integrator, openmm.Platform.getPlatformByName("Reference"))
-    context.setPositions(small.flow.to_positions(small.sample(N_COPIES, seed=seed)).numpy().reshape(-1, 3))
+    y, s = small.draw(2 * N_COPIES, seed=seed)
+    context.setPositions(small.flow.to_positions(y[:N_COPIES], s[:N_COPIES]).numpy().reshape(-1, 3))
     context.setVelocitiesToTemperature(bath, seed)
     integrator.step(200)  # long enough for a wrong potential to show itself
     averages = []
@@ -433,8 +471,7 @@ def worst_deviation(small, potential_type, bath, seed=5):
         x = context.getState(positions=True).getPositions(asNumpy=True)._value.reshape(N_COPIES, n, 3)
         averages.append(observables(small, *small.flow.coordinates.to_internal(torch.from_numpy(np.asarray(x)))))
     found = np.mean(averages, axis=0)  # [copies, observables]: copies are independent
-    y = small.sample(200_000, seed=seed + 1)
-    exact = observables(small, y, small.flow.coordinates.reference_fixed.expand(len(y), -1))
+    exact = observables(small, *small.draw(200_000, seed=seed + 1))
     error = np.sqrt(found.var(0, ddof=1) / len(found) + exact.var(0) / len(exact))
     z = (found.mean(0) - exact.mean(0)) / error
     print(f"{potential_type.__name__}, bath {bath:g} K: z = {np.round(z, 2)}, n = {N_COPIES}")
@@ -452,3 +489,13 @@ def test_md_samples_the_flow(small):
 )
 def test_md_of_a_broken_potential_does_not(small, potential, bath):
     assert worst_deviation(small, potential, bath) > 5.0
+
+
+@pytest.mark.statistical
+def test_md_samples_a_completed_flow(completed):
+    assert worst_deviation(completed, Copies, TEMPERATURE) < 4.0
+
+
+@pytest.mark.statistical
+def test_md_with_half_of_log_g_does_not(completed):
+    assert worst_deviation(completed, HalfCompletion, TEMPERATURE) > 5.0

@@ -88,11 +88,14 @@ def test_every_stage_runs_on_real_forces(frames, tmp_path, representation, condi
     )
     context.setPositions(molecule.positions)
     with bg.BoltzmannGeneratorSampler(loaded, context, seed=0, platform="Reference", n_workers=1) as sampler:
-        ensemble = sampler.sample(50)
+        assert sampler.sample(50).label == "exact"  # formula A, or C with the completion
+        ensemble = sampler.sample(50, completion=False)
         assert ensemble.label == ("exact" if representation == "full" else "rigid")
         report = sampler.step(5)
     assert report["inside"] and report["n_proposed"] == 5
     if representation == "reduced":
+        record = flow.metadata["training"]
+        assert record["completed_ess"] > 0 and record["completion"]["steps"] >= 500
         # s stands still: bond lengths, other angles and offsets of every sample are the reference's
         y, s = flow.to_internal(ensemble.positions)
         assert y.shape[1] < 20

@@ -7,7 +7,7 @@ masses no error in it could ever show. Three settings:
 - "off":      no constraints, y = (φ, θ, r), π ∝ exp(-u) J;
 - "on":       r constrained to 1, y = (φ, θ), π ∝ exp(-u) J √det Z at r = 1;
 - "partial":  y = (φ, θ) moves while s = r stays, π ∝ exp(-u) J √det Z; r is drawn from its exact conditional
-              between moves, which stands for MD.
+              between moves, which stands for MD. For formula C a completion g(r|φ, θ) draws it, or one g(φ|θ, r).
 
 References come from Gauss-Legendre quadrature in φ and θ, and closed forms in r.
 """
