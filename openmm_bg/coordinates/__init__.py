@@ -2,6 +2,7 @@
 
 from openmm_bg.coordinates.constraints import Constraints, FixmanTerm, read_constraints
 from openmm_bg.coordinates.graph import MoleculeGraph
+from openmm_bg.coordinates.reduction import ReductionRMSD, reduction_rmsd
 from openmm_bg.coordinates.representation import CoordinateMap
 from openmm_bg.coordinates.statistics import Coordinate, Statistics
 from openmm_bg.coordinates.transform import InternalCoordinates, dihedral_angle, log_jacobian, place_like, wrap
@@ -14,6 +15,7 @@ __all__ = [
     "FixmanTerm",
     "InternalCoordinates",
     "MoleculeGraph",
+    "ReductionRMSD",
     "Statistics",
     "ZMatrix",
     "build_zmatrix",
@@ -21,5 +23,6 @@ __all__ = [
     "log_jacobian",
     "place_like",
     "read_constraints",
+    "reduction_rmsd",
     "wrap",
 ]

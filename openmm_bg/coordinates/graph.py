@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from typing import Any
 
 from openmm_bg.errors import InputError
 
 _BACKBONE_NAMES = {"N", "CA", "C"}
-_CAPS = {"ACE", "NME", "NMA", "NH2"}
+_CAPS = {"ACE", "NME", "NMA", "NH2", "NHE"}
+#: CHARMM's patches ACE, CT2 and CT3 put the cap into the residue that they cap.
+_CAP_NAMES = {"CAY", "CY", "NT", "CAT"}
+#: The smallest ring that a disulfide between two cysteines closes (neighbours in the sequence) has eight atoms; a
+#: smaller one, such as lipoic acid's, is rigid and belongs to its molecule's rings.
+_DISULFIDE_RING = 8
 
 
 class MoleculeGraph:
@@ -22,15 +28,16 @@ class MoleculeGraph:
     Raises
     ------
     InputError
-        No bonds, more than one fragment (a second molecule, or a missing bond), or fewer than three atoms.
+        No bonds, more than one fragment (a second molecule, or a missing bond), amino acids in more than one chain,
+        or fewer than three atoms.
     """
 
     def __init__(self, topology: Any) -> None:
         atoms = list(topology.atoms())
         self.n_atoms = len(atoms)
-        self.names = [atom.name for atom in atoms]
+        self.names = [atom.name.strip() for atom in atoms]  # old prmtop files pad them
         self.elements = ["" if atom.element is None else atom.element.symbol for atom in atoms]
-        self.residues = [atom.residue.name for atom in atoms]
+        self.residues = [atom.residue.name.strip() for atom in atoms]
         self.residue_index = [atom.residue.index for atom in atoms]
         neighbours: list[set[int]] = [set() for _ in atoms]
         for a, b in topology.bonds():
@@ -41,6 +48,7 @@ class MoleculeGraph:
             raise InputError(f"The topology has {self.n_atoms} atoms: internal coordinates need at least three.")
         if not any(self.neighbours):
             raise InputError("The topology has no bonds: add them (CONECT records, or Topology.addBond).")
+        self._refuse_chains(atoms)
         reached = self.distances(0)
         if len(reached) != self.n_atoms:
             missing = next(i for i in range(self.n_atoms) if i not in reached)
@@ -48,7 +56,43 @@ class MoleculeGraph:
                 "The topology is not one molecule: its bonds do not link atom "
                 f"{missing} ({self.label(missing)}) to atom 0 ({self.label(0)}); give a single molecule with all bonds."
             )
+        #: Bonds that close a ring and carry no coordinate of their own: disulfides between parts linked otherwise.
+        self.disulfides = self._ring_closing_disulfides()
+        self.tree_neighbours = [
+            [b for b in found if (min(a, b), max(a, b)) not in self.disulfides]
+            for a, found in enumerate(self.neighbours)
+        ]
         self._bridges = self._find_bridges()
+
+    def _refuse_chains(self, atoms: list[Any]) -> None:
+        """Several proteins at once, whether or not a disulfide links them."""
+        flags = self.peptide_backbone()
+        chains: dict[int, Any] = {}
+        for atom, yes in zip(atoms, flags, strict=True):
+            if yes:
+                chains.setdefault(atom.residue.chain.index, atom)
+        if len(chains) > 1:
+            first, second = list(chains.values())[:2]
+            raise InputError(
+                f"The topology has {len(chains)} protein chains (the second begins at residue "
+                f"{second.residue.name}{second.residue.index + 1}, the first at "
+                f"{first.residue.name}{first.residue.index + 1}): give a topology of one chain."
+            )
+
+    def _ring_closing_disulfides(self) -> set[tuple[int, int]]:
+        """S-S bonds of large rings, as many as can be taken out with every atom still linked to every other."""
+        found: set[tuple[int, int]] = set()
+        bonds = [
+            (a, b)
+            for a in range(self.n_atoms)
+            for b in self.neighbours[a]
+            if a < b and self.elements[a] == self.elements[b] == "S"
+        ]
+        for bond in bonds:
+            around = self.distances(bond[0], without=found | {bond}).get(bond[1])
+            if around is not None and around + 1 >= _DISULFIDE_RING:
+                found.add(bond)
+        return found
 
     def label(self, atom: int) -> str:
         """Residue and atom name, for messages."""
@@ -60,20 +104,23 @@ class MoleculeGraph:
     def heavy_neighbours(self, atom: int) -> list[int]:
         return [other for other in self.neighbours[atom] if not self.is_hydrogen(other)]
 
-    def distances(self, start: int) -> dict[int, int]:
-        """Bonds between ``start`` and every atom it reaches."""
+    def distances(self, start: int, without: Collection[tuple[int, int]] = ()) -> dict[int, int]:
+        """Bonds between ``start`` and every atom it reaches, not counting the bonds (a, b), a < b, in ``without``."""
         found = {start: 0}
         queue = deque([start])
         while queue:
             atom = queue.popleft()
             for other in self.neighbours[atom]:
-                if other not in found:
+                if other not in found and not (without and (min(atom, other), max(atom, other)) in without):
                     found[other] = found[atom] + 1
                     queue.append(other)
         return found
 
     def in_ring(self, a: int, b: int) -> bool:
-        """True if the bond a-b closes a ring, so that nothing can turn about it freely."""
+        """True if the bond a-b is part of a ring, so that nothing can turn about it freely.
+
+        A ring that only a disulfide closes does not count: it is large, and its bonds do turn.
+        """
         return (min(a, b), max(a, b)) not in self._bridges
 
     def is_amide(self, a: int, b: int) -> bool:
@@ -96,13 +143,13 @@ class MoleculeGraph:
         """For each atom the number of the ring system (rings that share bonds or atoms) it belongs to, or -1."""
         system = [-1] * self.n_atoms
         for start in range(self.n_atoms):
-            if system[start] >= 0 or not any(self.in_ring(start, o) for o in self.neighbours[start]):
+            if system[start] >= 0 or not any(self.in_ring(start, o) for o in self.tree_neighbours[start]):
                 continue
             system[start] = max(system) + 1
             queue = deque([start])
             while queue:
                 atom = queue.popleft()
-                for other in self.neighbours[atom]:
+                for other in self.tree_neighbours[atom]:
                     if system[other] < 0 and self.in_ring(atom, other):
                         system[other] = system[start]
                         queue.append(other)
@@ -114,15 +161,18 @@ class MoleculeGraph:
         for atom, name in enumerate(self.names):
             by_residue.setdefault(self.residue_index[atom], {})[name] = atom
         flags = [False] * self.n_atoms
-        for names in by_residue.values():
+        amino_acids = set()
+        for residue, names in by_residue.items():
             if _BACKBONE_NAMES <= names.keys():
                 bonded = self.neighbours[names["CA"]]  # a ligand may use the same names for something else
                 if names["N"] in bonded and names["C"] in bonded:
+                    amino_acids.add(residue)
                     for name in _BACKBONE_NAMES:
                         flags[names[name]] = True
         if any(flags):
             for atom in range(self.n_atoms):  # caps: ACE's C and CH3, NME's N and C
-                if self.residues[atom] in _CAPS and not self.is_hydrogen(atom):
+                inside = self.residue_index[atom] in amino_acids and self.names[atom] in _CAP_NAMES
+                if self.residues[atom] in _CAPS or inside:
                     flags[atom] = self.elements[atom] in ("C", "N")
         return flags
 
@@ -166,9 +216,9 @@ class MoleculeGraph:
             atom, parent, position = stack.pop()
             if position == 0:
                 index[atom] = low[atom] = len(index)
-            if position < len(self.neighbours[atom]):
+            if position < len(self.tree_neighbours[atom]):
                 stack.append((atom, parent, position + 1))
-                other = self.neighbours[atom][position]
+                other = self.tree_neighbours[atom][position]
                 if other not in index:
                     stack.append((other, atom, 0))
                 elif other != parent:

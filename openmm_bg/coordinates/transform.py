@@ -1,9 +1,4 @@
-"""Cartesian positions to internal coordinates and back, in batches, differentiable both ways.
-
-A placed atom carries a right-handed frame R = [e, m, n]: e points along its bond from the parent, m lies in the
-half-plane of the grandparent. A child at (r, θ, φ) has the frame R·T(θ, φ) and stands r along its first axis, so
-that reconstruction is a product of rigid motions down the tree, one tensor operation for each level.
-"""
+"""Cartesian positions to internal coordinates and back, in batches, differentiable both ways."""
 
 from __future__ import annotations
 
@@ -12,8 +7,13 @@ import math
 import torch
 from torch import Tensor, nn
 
+from openmm_bg.coordinates.frames import FrameTree
 from openmm_bg.coordinates.zmatrix import ZMatrix
 from openmm_bg.errors import InputError
+
+#: Positions are read in pieces of so many atoms on a CPU. The thirty temporaries of a larger piece outgrow what the
+#: allocator keeps, and mapping their memory anew each time costs three times the arithmetic.
+CPU_ATOMS = 65_536
 
 
 def wrap(angle: Tensor) -> Tensor:
@@ -39,17 +39,15 @@ def dihedral_angle(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
     return torch.atan2(sine, (first * last).sum(-1))
 
 
-def _bond(theta: Tensor, phi: Tensor) -> Tensor:
-    """Direction of the child's bond [..., 3] in its parent's frame."""
-    st = theta.sin()
-    return torch.stack((-theta.cos(), st * phi.cos(), st * phi.sin()), dim=-1)
+Rows = tuple[Tensor, ...]  # x, y and z of many vectors, each [K, B]
 
 
-def _step(theta: Tensor, phi: Tensor) -> Tensor:
-    """T(θ, φ) [..., 3, 3]: the child's frame in its parent's; the first column is its bond."""
-    ct, st, cp, sp = theta.cos(), theta.sin(), phi.cos(), phi.sin()
-    rows = (-ct, -st, torch.zeros_like(ct), st * cp, -ct * cp, -sp, st * sp, -ct * sp, cp)
-    return torch.stack(rows, dim=-1).unflatten(-1, (3, 3))
+def _dot_rows(a: Rows, b: Rows) -> Tensor:
+    return torch.addcmul(torch.addcmul(a[0] * b[0], a[1], b[1]), a[2], b[2])
+
+
+def _cross_rows(a: Rows, b: Rows) -> Rows:
+    return tuple(torch.addcmul(a[j] * b[k], a[k], b[j], value=-1) for j, k in ((1, 2), (2, 0), (0, 1)))
 
 
 class InternalCoordinates(nn.Module):
@@ -70,10 +68,6 @@ class InternalCoordinates(nn.Module):
     """
 
     _rows: Tensor
-    _inner: Tensor
-    _leaves: Tensor
-    _holders: Tensor
-    _unsort: Tensor
 
     def __init__(self, zmatrix: ZMatrix) -> None:
         super().__init__()
@@ -85,71 +79,40 @@ class InternalCoordinates(nn.Module):
                 raise InputError(f"The Z-matrix measures atom {atom} from an axis that is not its parent's own bond.")
             above[atom] = (parent, grandparent)
         rows = torch.tensor(zmatrix.rows, dtype=torch.long).reshape(-1, 4)
-        self.register_buffer("_rows", rows.T.reshape(-1), persistent=False)
-        # Only atoms with children need a frame, level after level; the leaves are placed in one go at the end.
-        parents = {row[1] for row in zmatrix.rows}
-        is_inner = [row[0] in parents for row in zmatrix.rows]
-        inner = [i for i, yes in enumerate(is_inner) if yes]
-        leaves = [i for i, yes in enumerate(is_inner) if not yes]
-        frame_of = {atom: i for i, atom in enumerate(zmatrix.seed)}  # atom -> index among all frames
-        start_of_level = [0]
-        self._widths: list[int] = []  # inner atoms of each level
-        for level in sorted({zmatrix.levels[i] for i in inner}):
-            rows_here = [zmatrix.rows[i] for i in inner if zmatrix.levels[i] == level]
-            before = torch.tensor([frame_of[row[1]] - start_of_level[-1] for row in rows_here])
-            start_of_level.append(len(frame_of))
-            for row in rows_here:
-                frame_of[row[0]] = len(frame_of)
-            self.register_buffer(f"_parents{len(self._widths)}", before, persistent=False)
-            self._widths.append(len(rows_here))
-        self.register_buffer("_inner", torch.tensor(inner, dtype=torch.long), persistent=False)
-        self.register_buffer("_leaves", torch.tensor(leaves, dtype=torch.long), persistent=False)
-        holders = torch.tensor([frame_of[zmatrix.rows[i][1]] for i in leaves], dtype=torch.long)
-        self.register_buffer("_holders", holders, persistent=False)
-        order = list(zmatrix.seed) + [zmatrix.rows[i][0] for i in inner + leaves]
-        self.register_buffer("_unsort", torch.argsort(torch.tensor(order)), persistent=False)
+        self.register_buffer("_rows", rows.T.contiguous(), persistent=False)
+        self._tree = FrameTree(zmatrix)
 
     def to_internal(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Positions [B, N, 3] (nm) to seed [B, 3] = (r_1, r_2, θ_2), r [B, K] (nm), θ [B, K], φ [B, K] (rad)."""
+        piece = max(1, CPU_ATOMS // self.zmatrix.n_atoms)
+        if positions.device.type != "cpu" or len(positions) <= piece:
+            return self._to_internal(positions)
+        parts = [self._to_internal(frames) for frames in positions.split(piece)]
+        seed, r, theta, phi = (torch.cat(part) for part in zip(*parts, strict=True))
+        return seed, r, theta, phi
+
+    def _to_internal(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x0, x1, x2 = (positions[:, atom] for atom in self.zmatrix.seed)
         seed = torch.stack(
             (torch.linalg.norm(x1 - x0, dim=-1), torch.linalg.norm(x2 - x1, dim=-1), bond_angle(x2, x1, x0)), dim=-1
         )
-        shape = (len(positions), 4, -1, 3)
-        a, b, c, d = positions.index_select(1, self._rows).view(shape).unbind(1)
-        # bond_angle and dihedral_angle with their common cross product and lengths computed once
-        bond, axis, last = a - b, c - b, d - c
-        plane, other = _cross(bond, axis), _cross(last, axis)
-        theta = torch.atan2(torch.linalg.norm(plane, dim=-1), (bond * axis).sum(-1))
-        sine = (_cross(plane, other) * axis).sum(-1) / torch.linalg.norm(axis, dim=-1)
-        return seed, torch.linalg.norm(bond, dim=-1), theta, torch.atan2(sine, (plane * other).sum(-1))
+        # atoms first and the batch last: rows are gathered whole, and each component is one contiguous run
+        batch, n = positions.shape[:2]
+        atoms = positions.reshape(batch, 3 * n).t().contiguous().view(n, 3, batch)
+        a, b, c, d = (atoms.index_select(0, column) for column in self._rows)
+        u, w, v = (vector.unbind(1) for vector in (a - b, c - b, d - c))
+        # bond_angle and dihedral_angle with what they share computed once; for the sine of the dihedral,
+        # (u × w) × (v × w) = -w (u × w · v)
+        plane, other = _cross_rows(u, w), _cross_rows(v, w)
+        theta = torch.atan2(_dot_rows(plane, plane).sqrt(), _dot_rows(u, w))
+        sine = -_dot_rows(plane, v) * _dot_rows(w, w).sqrt()
+        phi = torch.atan2(sine, _dot_rows(plane, other))
+        r = _dot_rows(u, u).sqrt()
+        return seed, r.t().contiguous(), theta.t().contiguous(), phi.t().contiguous()
 
     def to_positions(self, seed: Tensor, r: Tensor, theta: Tensor, phi: Tensor) -> Tensor:
         """Inverse of `to_internal`, in the canonical frame: seed atom 0 at the origin, 1 on +x, 2 at y > 0."""
-        r1, r2, theta2 = seed.unbind(-1)
-        zero = torch.zeros_like(r1)
-        middle = torch.eye(3, dtype=seed.dtype, device=seed.device).expand(len(seed), 3, 3)
-        first = torch.diag(seed.new_tensor([-1.0, 1.0, -1.0])).expand_as(middle)
-        last = _step(theta2, zero)
-        x1 = torch.stack((r1, zero, zero), dim=-1)
-        x = torch.stack((torch.zeros_like(x1), x1, x1 + r2[:, None] * last[:, :, 0]), dim=1)
-        frame = torch.stack((first, middle, last), dim=1)
-        places, frames = [x], [frame]
-        theta_in, phi_in = theta.index_select(1, self._inner), phi.index_select(1, self._inner)
-        steps = _step(theta_in, phi_in).split(self._widths, dim=1)
-        lengths = r.index_select(1, self._inner)[..., None].split(self._widths, dim=1)
-        for level, (step, length) in enumerate(zip(steps, lengths, strict=True)):
-            parents = getattr(self, f"_parents{level}")
-            frame = frame.index_select(1, parents) @ step
-            x = x.index_select(1, parents) + length * frame[..., 0]
-            places.append(x)
-            frames.append(frame)
-        theta_out, phi_out = theta.index_select(1, self._leaves), phi.index_select(1, self._leaves)
-        bonds = r.index_select(1, self._leaves)[..., None] * _bond(theta_out, phi_out)
-        holders = torch.cat(frames, dim=1).index_select(1, self._holders)
-        placed = torch.cat(places, dim=1)
-        leaves = placed.index_select(1, self._holders) + (holders @ bonds[..., None]).squeeze(-1)
-        return torch.cat((placed, leaves), dim=1).index_select(1, self._unsort)
+        return self._tree(seed, r, theta, phi)
 
 
 def log_jacobian(seed: Tensor, r: Tensor, theta: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def _choose_seed(graph: MoleculeGraph, constrained: set[tuple[int, int]]) -> tup
         # ... and among those the one nearest to the centre of the molecule: the tree is shallow there.
         best = min(rank for rank, _ in candidates)
         seeds = [seed for rank, seed in candidates if rank == best]
-        return min(seeds, key=lambda seed: (max(graph.distances(seed[1]).values()), seed[1]))
+        return min(seeds, key=lambda seed: (max(graph.distances(seed[1], graph.disulfides).values()), seed[1]))
     found: list[tuple[tuple[int, int, int], tuple[int, int, int]]] = []
     for middle in range(graph.n_atoms):  # methanol and the like: hydrogens, as long as no length of theirs is fixed
         if graph.is_hydrogen(middle):
@@ -130,7 +130,7 @@ def build_zmatrix(topology: Any, constrained: set[tuple[int, int]] | None = None
     while front:
         children: dict[int, list[int]] = {}
         for parent in front:
-            for child in graph.neighbours[parent]:
+            for child in graph.tree_neighbours[parent]:
                 if child not in above:
                     above[child] = (parent, above[parent][0])
                     children.setdefault(parent, []).append(child)

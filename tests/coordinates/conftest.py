@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
+import sys
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import openmm
@@ -213,3 +216,25 @@ def bare():
 def build_topology():
     """build_topology(atoms, bonds) -> Topology in the notation of `SMALL`."""
     return small_topology
+
+
+@pytest.fixture(scope="session")
+def proteins():
+    """The module proteins.py: test folders are no packages, so a helper is loaded by path."""
+    name = "openmm_bg_test_proteins"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("proteins.py"))
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def jittered():
+    """jittered(topology, positions [N, 3], n) -> Molecule with n frames [n, N, 3] jittered by 4 pm."""
+
+    def build(topology: app.Topology, x: np.ndarray, n: int = 12) -> Molecule:
+        rng = np.random.default_rng(5)
+        return Molecule(topology, x + 0.004 * rng.normal(size=(n, *x.shape)), bare_system(topology))
+
+    return build

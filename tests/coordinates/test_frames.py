@@ -1,0 +1,187 @@
+"""Reconstruction by parallel prefix: against atom-by-atom placement, its gradients, and the number of rounds."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from openmm_bg.coordinates import InternalCoordinates, build_zmatrix
+from openmm_bg.coordinates.prefix import LONG, build_schedule
+
+
+def atom_by_atom(zmatrix, seed, r, theta, phi):
+    """Positions [B, N, 3] placed one after the other, each from three atoms before it (NeRF)."""
+    zero = torch.zeros_like(seed[:, 0])
+    x = [None] * zmatrix.n_atoms
+    first, middle, last = zmatrix.seed
+    r1, r2, angle = seed.unbind(-1)
+    x[first] = torch.stack((zero, zero, zero), dim=-1)
+    x[middle] = torch.stack((r1, zero, zero), dim=-1)
+    x[last] = torch.stack((r1 - r2 * angle.cos(), r2 * angle.sin(), zero), dim=-1)
+    for k, (atom, parent, grandparent, great) in enumerate(zmatrix.rows):
+        e = x[parent] - x[grandparent]
+        e = e / e.norm(dim=-1, keepdim=True)
+        n = torch.linalg.cross(x[grandparent] - x[great], e)
+        n = n / n.norm(dim=-1, keepdim=True)
+        local = torch.stack(
+            (-theta[:, k].cos(), theta[:, k].sin() * phi[:, k].cos(), theta[:, k].sin() * phi[:, k].sin()), dim=-1
+        )
+        x[atom] = (
+            x[parent]
+            + r[:, k, None] * (torch.stack((e, torch.linalg.cross(n, e), n), dim=-1) @ local[..., None])[..., 0]
+        )
+    return torch.stack(x, dim=1)
+
+
+def random_coordinates(n_rows: int, batch: int, dtype=torch.float64):
+    """Seed, r, θ, φ anywhere in their domain, leaves of the graph."""
+    torch.manual_seed(3)
+
+    def between(low, high, *shape):
+        return (low + (high - low) * torch.rand(*shape, dtype=torch.float64)).to(dtype).requires_grad_()
+
+    seed = torch.cat((between(0.1, 0.2, batch, 2), between(0.5, 2.5, batch, 1)), dim=1).detach().requires_grad_()
+    return (
+        seed,
+        between(0.1, 0.2, batch, n_rows),
+        between(0.3, 2.8, batch, n_rows),
+        between(-math.pi, math.pi, batch, n_rows),
+    )
+
+
+NAMES = ["water", "methanol", "isobutane", "toluene", "dipeptide", "proline", "hp35"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_against_atom_by_atom(molecule, name):
+    """Positions and gradients with respect to every coordinate, seed included."""
+    zmatrix = build_zmatrix(molecule(name).topology)
+    internal = InternalCoordinates(zmatrix)
+    q = random_coordinates(len(zmatrix.rows), 3)
+    x, expected = internal.to_positions(*q), atom_by_atom(zmatrix, *q)
+    assert (x - expected).abs().max() < 1e-12
+    towards = torch.randn_like(x)
+    found = torch.autograd.grad(x, q, towards)
+    wanted = torch.autograd.grad(expected, q, towards, materialize_grads=True)
+    for a, b in zip(found, wanted, strict=True):
+        assert a.shape == b.shape
+        assert torch.allclose(a, b, atol=1e-10, rtol=1e-9)
+    single = tuple(t.detach().float().requires_grad_() for t in q)
+    x32 = internal.to_positions(*single)
+    assert x32.dtype == torch.float32 and (x32 - x).abs().max() < 1e-4
+    for a, b in zip(torch.autograd.grad(x32, single, towards.float()), found, strict=True):
+        assert a.dtype == torch.float32
+        if b.numel():
+            assert (a - b).abs().max() < 1e-4 * b.abs().max()
+
+
+@pytest.mark.parametrize("name", ["water", "isobutane", "dipeptide"])
+def test_gradcheck(molecule, name):
+    zmatrix = build_zmatrix(molecule(name).topology)
+    internal = InternalCoordinates(zmatrix)
+    assert torch.autograd.gradcheck(internal.to_positions, random_coordinates(len(zmatrix.rows), 2))
+
+
+def test_gradient_of_some_inputs_only(molecule):
+    """As in `reduced`, where lengths come from a buffer."""
+    zmatrix = build_zmatrix(molecule("dipeptide").topology)
+    seed, r, theta, phi = random_coordinates(len(zmatrix.rows), 2)
+    x = InternalCoordinates(zmatrix).to_positions(seed.detach(), r.detach(), theta.detach(), phi)
+    (found,) = torch.autograd.grad(x.square().sum(), phi)
+    (wanted,) = torch.autograd.grad(atom_by_atom(zmatrix, seed, r, theta, phi).square().sum(), phi)
+    assert torch.allclose(found, wanted, atol=1e-10)
+
+
+def test_a_second_derivative_is_refused_aloud(molecule):
+    zmatrix = build_zmatrix(molecule("butane").topology)
+    q = random_coordinates(len(zmatrix.rows), 2)
+    x = InternalCoordinates(zmatrix).to_positions(*q)
+    (gradient,) = torch.autograd.grad(x.square().sum(), q[3], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_straight_angles_and_empty_batches(molecule):
+    """At θ = π the plane is undefined in space, not in the coordinates: values and gradients stay finite."""
+    zmatrix = build_zmatrix(molecule("hp35").topology)
+    internal = InternalCoordinates(zmatrix)
+    seed, r, theta, phi = random_coordinates(len(zmatrix.rows), 2)
+    theta = theta.detach().clone()
+    theta[:, ::7] = math.pi
+    theta[:, 1::7] = 0.0
+    theta.requires_grad_()
+    x = internal.to_positions(seed, r, theta, phi)
+    gradients = torch.autograd.grad(x.square().sum(), (seed, r, theta, phi))
+    assert torch.isfinite(x).all() and all(torch.isfinite(g).all() for g in gradients)
+    nothing = internal.to_positions(*(t[:0] for t in (seed, r, theta, phi)))
+    assert nothing.shape == (0, zmatrix.n_atoms, 3)
+    assert [t.shape[0] for t in internal.to_internal(nothing.detach())] == [0] * 4
+
+
+def test_pieces_of_a_large_batch(molecule, monkeypatch):
+    """What is read in pieces is what is read at once, gradients included."""
+    mol = molecule("dipeptide")
+    internal = InternalCoordinates(build_zmatrix(mol.topology))
+
+    def read():
+        x = mol.x[:10].clone().requires_grad_()
+        q = internal.to_internal(x)
+        return *q, torch.autograd.grad(sum(part.square().sum() for part in q), x)[0]
+
+    at_once = read()
+    monkeypatch.setattr("openmm_bg.coordinates.transform.CPU_ATOMS", 3 * 22 + 1)
+    calls = []
+    original = InternalCoordinates._to_internal
+    monkeypatch.setattr(
+        InternalCoordinates, "_to_internal", lambda self, x: (calls.append(len(x)), original(self, x))[1]
+    )
+    for a, b in zip(read(), at_once, strict=True):
+        assert torch.allclose(a, b, atol=1e-14)
+    assert calls == [3, 3, 3, 1]
+
+
+# ---------------------------------------------------------------- the schedule
+
+
+@pytest.mark.parametrize("long", [1, 2, 5, LONG, 10_000])
+def test_schedule_composes_every_path(long):
+    """Words instead of motions, for they do not commute either."""
+    for case in range(60):
+        rng = random.Random(case)
+        n_roots, reach = rng.randint(1, 3), rng.choice([1, 2, 5, 50])
+        n = n_roots + rng.randint(0, 200)
+        parent = [-1] * n_roots + [rng.randint(max(0, i - reach), i - 1) for i in range(n_roots, n)]
+        schedule = build_schedule(parent, long)
+        assert sorted(schedule.slots) == list(range(n)) and schedule.slots[:n_roots] == list(range(n_roots))
+        words = [(node,) for node in schedule.slots]
+        for start, stop, sources in schedule.rounds:
+            assert len(sources) == stop - start > 0 and not set(sources) & set(range(start, stop))
+            words[start:stop] = [words[s] + words[start + i] for i, s in enumerate(sources)]
+        for node, word in zip(schedule.slots, words, strict=True):
+            path = [node]
+            while parent[path[-1]] >= 0:
+                path.append(parent[path[-1]])
+            assert word == tuple(reversed(path))
+
+
+def test_rounds_grow_with_the_logarithm():
+    """A comb: a backbone of n atoms, each with a side chain of five. Work stays linear."""
+    rounds, work = {}, {}
+    for n in (64, 1024, 16384):
+        parent, tip = [-1], 0
+        for _ in range(n):
+            parent.append(tip)
+            tip = len(parent) - 1
+            for k in range(5):
+                parent.append(tip if k == 0 else len(parent) - 1)
+        schedule = build_schedule(parent)
+        rounds[n] = len(schedule.rounds)
+        work[n] = sum(stop - start for start, stop, _ in schedule.rounds) / len(parent)
+    assert rounds[1024] - rounds[64] == rounds[16384] - rounds[1024] == 8  # two for each doubling
+    assert rounds[16384] < 40 and max(work.values()) < 1.2
+
+
+def test_rounds_of_a_protein(molecule):
+    zmatrix = build_zmatrix(molecule("hp35").topology)
+    assert InternalCoordinates(zmatrix)._tree.n_rounds < max(zmatrix.levels) / 2
