@@ -1,4 +1,4 @@
-"""The command line: ``openmm-bg simulate | train | sample | demo | doctor``."""
+"""The command line: ``openmm-bg simulate | train | sample | evaluate | demo | doctor``."""
 
 from __future__ import annotations
 
@@ -276,6 +276,61 @@ def sample(
     from openmm_bg.commands import sample_to_files
 
     click.echo(sample_to_files(flow_file, n_samples, output, system_file, temperature, seed, platform, workers))
+
+
+@main.command()
+@click.argument("flow_files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("-n", "n_samples", type=int, default=10_000, show_default=True, help="Samples of the flow.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="JSON file; default: the flow's name, .evaluation.json."
+)
+@click.option(
+    "--training",
+    type=click.Path(path_type=Path),
+    help="Training frames, for novelty: a trajectory or a folder of simulate; default: the folder that DATA lies in.",
+)
+@click.option("--embedding", type=click.Choice(["auto", "umap", "pca"]), default="auto", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--platform", help="OpenMM platform for energies; default: the fastest, by timing.")
+@click.option("--workers", type=int, help="Contexts that evaluate energies; default: by timing.")
+@_friendly
+def evaluate(
+    flow_files: tuple[Path, ...],
+    data: Path,
+    n_samples: int,
+    output: Path | None,
+    training: Path | None,
+    embedding: Any,
+    seed: int,
+    platform: str | None,
+    workers: int | None,
+) -> None:
+    """Hold a flow against MD frames that it has not seen: ΔD, energies, likelihood, weights, acceptance, structure.
+
+    DATA is a trajectory, or a folder made by `openmm-bg simulate`, whose test.dcd is taken. With several FLOW_FILES
+    (seeds of one training) the first is evaluated and the likelihoods of all are compared. Every figure goes into a
+    JSON file too, those of each residue included.
+
+    \b
+    Example:
+      openmm-bg evaluate model/flow.bg md/test.dcd
+    """
+    from openmm_bg.analysis.evaluate import evaluate_files
+
+    result, path = evaluate_files(
+        flow_files,
+        data,
+        output,
+        training,
+        n_samples=n_samples,
+        embedding=embedding,
+        seed=seed,
+        platform=platform,
+        n_workers=workers,
+    )
+    click.echo(str(result))
+    click.echo(f"Every figure: {path}")
 
 
 @main.command()

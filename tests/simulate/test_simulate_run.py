@@ -32,7 +32,11 @@ SHORT = Protocol(length=4.0, interval=0.02, replicas=2, heating=0.2, equilibrati
 OPTIONS = ["--length", "0.004", "--interval", "0.02", "--replicas", "2", "--heating", "0.2", "--equilibration", "0.4"]
 OPTIONS += ["--platform", "Reference"]
 NAMES = ["test", "trajectory-1", "trajectory-2"]
-START = "import sys, openmm_bg.simulate.run as r; r.CHECKPOINT_SECONDS = 0.05; from openmm_bg.cli import main; main()"
+# A shell starts background jobs with SIGINT ignored, and children inherit that.
+START = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "import openmm_bg.simulate.run as r; r.CHECKPOINT_SECONDS = 0.05; from openmm_bg.cli import main; main()"
+)
 
 
 def frames(folder, name):
