@@ -142,11 +142,13 @@ def md(options: argparse.Namespace) -> dict[str, Any]:
         context.getIntegrator().step(200)
         phi.append(phi_of(context))
     inside = phi_basin(np.array(phi))
+    passages = int(np.count_nonzero(inside[1:] != inside[:-1]))
     return {
         "steps": 200 * len(phi),
         "share": float(inside.mean()),
-        "passages": int(np.count_nonzero(inside[1:] != inside[:-1])),
-        "energies_per_independent_sample": statistical_inefficiency(inside) * 200,
+        "passages": passages,
+        # A series that never left its basin has no correlation time to measure.
+        "energies_per_independent_sample": statistical_inefficiency(inside) * 200 if passages else None,
     }
 
 
