@@ -117,7 +117,9 @@ def ramachandran_maps(samples: Sequence[Sample], bins: int = 60, ceiling: float 
 
 
 @style.styled
-def free_energy_along_phi(samples: Sequence[Sample], bins: int = 48, n_blocks: int = 20) -> Figure:
+def free_energy_along_phi(
+    samples: Sequence[Sample], bins: int = 48, n_blocks: int = 20, ceiling: float = 20.0
+) -> Figure:
     """Free energy along φ by several methods, with a band of one standard error (jackknife over blocks).
 
     Parameters
@@ -128,6 +130,8 @@ def free_energy_along_phi(samples: Sequence[Sample], bins: int = 48, n_blocks: i
         Over [-π, π].
     n_blocks
         Blocks of the jackknife.
+    ceiling
+        kT; the top of the axis. Higher bins hold a few clashing samples, which would flatten everything else.
     """
     figure = style.new_figure(4.3)
     axes = figure.add_subplot()
@@ -147,7 +151,8 @@ def free_energy_along_phi(samples: Sequence[Sample], bins: int = 48, n_blocks: i
         axes.plot(centres, profile - zero, linestyle=dashes, color=colour, label=sample.label, zorder=3 + i)
     style.angle_axis(axes.xaxis, "φ")
     axes.set_ylabel("free energy (kT)")
-    axes.set_ylim(bottom=min(-0.4, axes.get_ylim()[0]))
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(-2.0, min(-0.4, low)), min(ceiling, high))
     axes.grid(axis="y")
     _mark_basin(axes)
     figure.legend(loc="outside upper left", ncols=max(1, len(samples)))

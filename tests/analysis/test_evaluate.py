@@ -36,13 +36,16 @@ def dipeptide():
     return bg.load_alanine_dipeptide()
 
 
-@pytest.fixture(scope="module")
-def sampler(dipeptide):
+def sampler_at(dipeptide, temperature):
     reference = openmm.Platform.getPlatformByName("Reference")
     context = openmm.Context(dipeptide.system, openmm.VerletIntegrator(0.001), reference)
     context.setPositions(dipeptide.positions)
-    options = {"seed": 5, "platform": "Reference", "n_workers": 1}
-    with bg.BoltzmannGeneratorSampler(dipeptide.flow, context, 300.0, **options) as found:
+    return bg.BoltzmannGeneratorSampler(dipeptide.flow, context, temperature, seed=5, platform="Reference", n_workers=1)
+
+
+@pytest.fixture(scope="module")
+def sampler(dipeptide):
+    with sampler_at(dipeptide, 300.0) as found:
         yield found
 
 
@@ -87,12 +90,18 @@ def test_nll_of_the_flows_own_samples_is_what_the_sampler_says(dipeptide, ensemb
 
 
 @pytest.mark.statistical
-def test_acceptance_of_partial_moves(sampler, ensemble, frames):
-    """Against min(1, w'/w) of pairs of independent samples, the first of each taken by its weight."""
+def test_acceptance_of_partial_moves(dipeptide):
+    """Against min(1, w'/w) of pairs of independent samples, the first of each taken by its weight.
+
+    At another temperature than the flow's, for at its own the flow is too good to tell a right ratio from a wrong one.
+    """
+    sampler = sampler_at(dipeptide, 340.0)
+    ensemble = sampler.sample(4000)
+    frames = ensemble.resample(60, seed=1)
     w = np.exp(ensemble.log_weights - ensemble.log_weights.max())
     pairs = np.exp(log_acceptance(ensemble.log_weights[:2000, None], ensemble.log_weights[None, 2000:]))
     expected = (w[:2000, None] * pairs).sum() / (w[:2000].sum() * pairs.shape[1])
-    found = partial_move_acceptance(sampler, frames[:60], 64, seed=2)
+    found = partial_move_acceptance(sampler, frames, 64, seed=2)
     assert found["frames"] == 60 and found["proposals"] == 64 and found["outside"] == 0
     assert abs(found["acceptance"] - expected) < 5 * found["acceptance_error"]
     assert found["acceptance_error"] < 0.05 and found["expected"] == pytest.approx(1 / found["acceptance"])
@@ -102,6 +111,7 @@ def test_acceptance_of_partial_moves(sampler, ensemble, frames):
     assert abs(found["acceptance"] - wrong) > 5 * found["acceptance_error"]
     mirrored = partial_move_acceptance(sampler, -frames[:3], 8)
     assert mirrored["acceptance"] == 0.0 and mirrored["outside"] == 3 and mirrored["expected"] == np.inf
+    sampler.close()
 
 
 def test_energies_are_the_systems_in_kcal(sampler, frames, dipeptide):
@@ -127,9 +137,9 @@ def test_a_good_flow_looks_like_its_ensemble(evaluated):
     gap = energies["generated"]["below_median_mean"] - energies["data"]["below_median_mean"]
     assert abs(gap) < energies["data"]["below_median_sd"]
     (weights,) = found["weights"]
-    assert weights["formula"] == "A" and weights["label"] == "exact" and 0.7 < weights["ess"] < 0.9
+    assert weights["formula"] == "A" and weights["label"] == "exact" and 0.7 < weights["ess"] < 1.0
     assert found["nll"]["total_mean"] == found["nll"]["flows"][0]["total"] and math.isnan(found["nll"]["total_sd"])
-    assert 0.6 < found["moves"]["acceptance"] < 0.9
+    assert 0.6 < found["moves"]["acceptance"] < 1.0
     (row,) = found["ramachandran"]
     assert row["generated"] < 1.5 * row["data"]
     for row in found["rmsf"]:

@@ -133,7 +133,7 @@ def test_reverse_kl_value_and_gradient(dipeptide, make_sampler, tmp_path):
     assert sum(float((g**2).sum()) for g in gradients) > 0
     norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in gradients))
     values = []
-    step = 2e-3
+    step = 2e-4
     for sign in (1, -1):
         with torch.no_grad():
             for p, g in zip(flow.parameters(), gradients, strict=True):
@@ -142,8 +142,8 @@ def test_reverse_kl_value_and_gradient(dipeptide, make_sampler, tmp_path):
         with torch.no_grad():
             for p, g in zip(flow.parameters(), gradients, strict=True):
                 p -= sign * step * g / norm
-    # Central difference: error O(step²) plus float32 rounding of log q (~1e-4) over 2·step.
-    assert (values[0] - values[1]) / (2 * step) == pytest.approx(norm, rel=0.05)
+    # Central difference: error O(step²), 4e-3 at five times this step, plus rounding of the mean log q over 2·step.
+    assert (values[0] - values[1]) / (2 * step) == pytest.approx(norm, rel=0.01)
 
 
 def _copy(dipeptide, tmp_path):
