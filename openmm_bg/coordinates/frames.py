@@ -21,6 +21,8 @@ from torch.autograd.function import once_differentiable
 from openmm_bg.coordinates.prefix import build_schedule
 from openmm_bg.coordinates.zmatrix import ZMatrix
 
+#: A CPU places the atoms of so many frames at a time: what they need then fits its last cache.
+CPU_ATOMS = 393_216
 #: Seed atoms, which come first in memory: 0 at the origin, 1 on +x, 2 at y > 0.
 FIRST, MIDDLE, LAST = 0, 1, 2
 
@@ -143,9 +145,13 @@ class FrameTree(nn.Module):
         """Values of seed atom 2 [B, 1] and of the rows [B, K] to their slots [K + 1, B]."""
         return torch.cat((of_last, values), dim=1).t().contiguous().index_select(0, self._order)
 
-    def from_slots(self, values: Tensor) -> Tensor:
-        """Slots [K, B] to rows [B, K]."""
-        return values.index_select(0, self._back).t().contiguous()
+
+def _pieces(tree: FrameTree, like: Tensor) -> list[slice]:
+    """Equal parts of the batch of ``like`` [B, ...] for a CPU to work on one by one; a GPU takes all at once."""
+    batch, n = len(like), len(tree._atoms)
+    parts = 1 if like.device.type != "cpu" else max(1, -(-batch * n // CPU_ATOMS))
+    size = max(1, -(-batch // parts))
+    return [slice(start, min(start + size, batch)) for start in range(0, max(batch, 1), size)]
 
 
 class _Reconstruction(torch.autograd.Function):
@@ -153,48 +159,74 @@ class _Reconstruction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tree: FrameTree, seed: Tensor, r: Tensor, theta: Tensor, phi: Tensor) -> Tensor:
-        batch, n = len(seed), r.shape[1] + 3
-        kind = torch.complex(seed[:0, 0], seed[:0, 0]).dtype
-        frames = torch.empty((n, 2, batch), dtype=kind, device=seed.device)
-        frames[FIRST, 0], frames[FIRST, 1] = 0.0, 1.0  # half a turn about y: its bond points away from atom 1
-        frames[MIDDLE, 0], frames[MIDDLE, 1] = 1.0, 0.0
-        r1, r2, angle = seed[:, :1], seed[:, 1:2], seed[:, 2:]
-        _steps(tree.to_slots(angle, theta), tree.to_slots(torch.zeros_like(angle), phi), frames[LAST:])
-        rounds = tree.rounds()
-        for start, stop, sources in rounds:
-            _compose(frames.index_select(0, sources), frames[start:stop])
-        x = torch.empty((n, 3, batch), dtype=seed.dtype, device=seed.device)
-        x[:LAST] = 0.0
-        x[MIDDLE, 0] = r1[:, 0]
-        quaternions = _planar(frames)
-        torch.mul(_bond_axis(quaternions[LAST:]), tree.to_slots(r2, r)[:, None], out=x[LAST:])
-        x[LAST] += x[MIDDLE]
-        for start, stop, sources in rounds:
-            x[start:stop] += x.index_select(0, sources)
-        ctx.tree = tree
-        ctx.save_for_backward(quaternions, x)
-        return x.index_select(0, tree._unsort).view(3 * n, batch).t().contiguous().view(batch, n, 3)
+        n = r.shape[1] + 3
+        positions = seed.new_empty((len(seed), n, 3))
+        pieces, kept = _pieces(tree, seed), []
+        for piece in pieces:
+            quaternions, x = _place(tree, seed[piece], r[piece], theta[piece], phi[piece])
+            batch = x.shape[-1]
+            positions[piece].view(batch, 3 * n).copy_(x.index_select(0, tree._unsort).view(3 * n, batch).t())
+            kept += [quaternions, x]
+        ctx.tree, ctx.pieces = tree, pieces
+        ctx.save_for_backward(*kept)
+        return positions
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         tree: FrameTree = ctx.tree
-        quaternions, x = ctx.saved_tensors
-        n, batch = len(x), x.shape[-1]
-        # force and torque about the origin, summed over each atom's subtree
-        sums = torch.empty((n, 6, batch), dtype=x.dtype, device=x.device)
-        force, torque = sums[:, :3], sums[:, 3:]
-        sums[:, :3] = gradient.reshape(batch, 3 * n).t().contiguous().view(n, 3, batch).index_select(0, tree._atoms)
-        _cross(x, force, out=torque)
-        for start, stop, sources in reversed(tree.rounds()):
-            sums.index_add_(0, sources, sums[start:stop].clone())
-        sums[MIDDLE] += sums[LAST]
-        arm = torch.empty_like(x[LAST:])
-        _cross(x.index_select(0, tree._parents), force[LAST:], out=arm)
-        turn = torque[LAST:] - arm  # about the parent
-        axis = _bond_axis(quaternions)
-        dr = _dot(axis[LAST:], force[LAST:])
-        dtheta = _dot(_plane_axis(quaternions[LAST:]), turn).neg_()
-        dphi = _dot(axis.index_select(0, tree._parents[1:]), turn[1:])
-        dseed = torch.stack((force[MIDDLE, 0], dr[0], dtheta[0]), dim=-1)
-        return None, dseed, tree.from_slots(dr[1:]), tree.from_slots(dtheta[1:]), tree.from_slots(dphi)
+        rows = len(tree._atoms) - 3
+        dseed = gradient.new_empty((len(gradient), 3))
+        dr, dtheta, dphi = gradient.new_empty((3, len(gradient), rows)).unbind(0)
+        for k, piece in enumerate(ctx.pieces):
+            quaternions, x = ctx.saved_tensors[2 * k : 2 * k + 2]
+            *of_seed, of_r, of_theta, of_phi = _turn(tree, quaternions, x, gradient[piece])
+            for column, values in enumerate(of_seed):
+                dseed[piece, column] = values
+            for out, values in ((dr, of_r), (dtheta, of_theta), (dphi, of_phi)):
+                out[piece] = values.index_select(0, tree._back).t()
+        return None, dseed, dr, dtheta, dphi
+
+
+def _place(tree: FrameTree, seed: Tensor, r: Tensor, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
+    """Quaternions [N, 4, B] and positions [N, 3, B] of all slots."""
+    batch, n = len(seed), r.shape[1] + 3
+    kind = torch.complex(seed[:0, 0], seed[:0, 0]).dtype
+    frames = torch.empty((n, 2, batch), dtype=kind, device=seed.device)
+    frames[FIRST, 0], frames[FIRST, 1] = 0.0, 1.0  # half a turn about y: its bond points away from atom 1
+    frames[MIDDLE, 0], frames[MIDDLE, 1] = 1.0, 0.0
+    r1, r2, angle = seed[:, :1], seed[:, 1:2], seed[:, 2:]
+    _steps(tree.to_slots(angle, theta), tree.to_slots(torch.zeros_like(angle), phi), frames[LAST:])
+    rounds = tree.rounds()
+    for start, stop, sources in rounds:
+        _compose(frames.index_select(0, sources), frames[start:stop])
+    x = torch.empty((n, 3, batch), dtype=seed.dtype, device=seed.device)
+    x[:LAST] = 0.0
+    x[MIDDLE, 0] = r1[:, 0]
+    quaternions = _planar(frames)
+    torch.mul(_bond_axis(quaternions[LAST:]), tree.to_slots(r2, r)[:, None], out=x[LAST:])
+    x[LAST] += x[MIDDLE]
+    for start, stop, sources in rounds:
+        x[start:stop] += x.index_select(0, sources)
+    return quaternions, x
+
+
+def _turn(tree: FrameTree, quaternions: Tensor, x: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
+    """Gradients by r_1, r_2, θ_2 [B] and by r, θ, φ of the rows' slots [K, B], from those by positions [B, N, 3]."""
+    n, batch = len(x), x.shape[-1]
+    # force and torque about the origin, summed over each atom's subtree
+    sums = torch.empty((n, 6, batch), dtype=x.dtype, device=x.device)
+    force, torque = sums[:, :3], sums[:, 3:]
+    sums[:, :3] = gradient.reshape(batch, 3 * n).t().contiguous().view(n, 3, batch).index_select(0, tree._atoms)
+    _cross(x, force, out=torque)
+    for start, stop, sources in reversed(tree.rounds()):
+        sums.index_add_(0, sources, sums[start:stop].clone())
+    sums[MIDDLE] += sums[LAST]
+    arm = torch.empty_like(x[LAST:])
+    _cross(x.index_select(0, tree._parents), force[LAST:], out=arm)
+    turn = torque[LAST:] - arm  # about the parent
+    axis = _bond_axis(quaternions)
+    dr = _dot(axis[LAST:], force[LAST:])
+    dtheta = _dot(_plane_axis(quaternions[LAST:]), turn).neg_()
+    dphi = _dot(axis.index_select(0, tree._parents[1:]), turn[1:])
+    return force[MIDDLE, 0], dr[0], dtheta[0], dr[1:], dtheta[1:], dphi

@@ -18,7 +18,8 @@ CPU_ATOMS = 65_536
 
 def wrap(angle: Tensor) -> Tensor:
     """Angle to [-π, π), rad."""
-    return torch.remainder(angle + math.pi, 2 * math.pi) - math.pi
+    turned = torch.remainder(angle + math.pi, 2 * math.pi) - math.pi
+    return torch.where(turned >= math.pi, turned - 2 * math.pi, turned)  # rounding turned -π - 1e-16 into π
 
 
 def _cross(a: Tensor, b: Tensor) -> Tensor:
@@ -86,7 +87,8 @@ class InternalCoordinates(nn.Module):
         """Positions [B, N, 3] (nm) to seed [B, 3] = (r_1, r_2, θ_2), r [B, K] (nm), θ [B, K], φ [B, K] (rad)."""
         piece = max(1, CPU_ATOMS // self.zmatrix.n_atoms)
         if positions.device.type != "cpu" or len(positions) <= piece:
-            return self._to_internal(positions)
+            seed, r, theta, phi = self._to_internal(positions)
+            return seed, r.contiguous(), theta.contiguous(), phi.contiguous()
         parts = [self._to_internal(frames) for frames in positions.split(piece)]
         seed, r, theta, phi = (torch.cat(part) for part in zip(*parts, strict=True))
         return seed, r, theta, phi
@@ -101,14 +103,14 @@ class InternalCoordinates(nn.Module):
         atoms = positions.reshape(batch, 3 * n).t().contiguous().view(n, 3, batch)
         a, b, c, d = (atoms.index_select(0, column) for column in self._rows)
         u, w, v = (vector.unbind(1) for vector in (a - b, c - b, d - c))
-        # bond_angle and dihedral_angle with what they share computed once; for the sine of the dihedral,
-        # (u × w) × (v × w) = -w (u × w · v)
+        # bond_angle and dihedral_angle with what they share computed once. The rounding of this sine
+        # grows with 1 / sin θ where atoms are nearly in line; that of the cheaper -(plane · v) |w| with 1 / sin² θ.
         plane, other = _cross_rows(u, w), _cross_rows(v, w)
         theta = torch.atan2(_dot_rows(plane, plane).sqrt(), _dot_rows(u, w))
-        sine = -_dot_rows(plane, v) * _dot_rows(w, w).sqrt()
+        sine = _dot_rows(_cross_rows(plane, other), w) / _dot_rows(w, w).clamp(min=1e-30).sqrt()
         phi = torch.atan2(sine, _dot_rows(plane, other))
         r = _dot_rows(u, u).sqrt()
-        return seed, r.t().contiguous(), theta.t().contiguous(), phi.t().contiguous()
+        return seed, r.t(), theta.t(), phi.t()
 
     def to_positions(self, seed: Tensor, r: Tensor, theta: Tensor, phi: Tensor) -> Tensor:
         """Inverse of `to_internal`, in the canonical frame: seed atom 0 at the origin, 1 on +x, 2 at y > 0."""

@@ -63,7 +63,7 @@ class ZMatrix:
 
 def _choose_seed(graph: MoleculeGraph, constrained: set[tuple[int, int]]) -> tuple[int, int, int]:
     backbone = graph.backbone()
-    candidates: list[tuple[tuple[bool, bool], tuple[int, int, int]]] = []
+    candidates: list[tuple[tuple[bool, bool, bool], tuple[int, int, int]]] = []
     for middle in range(graph.n_atoms):
         heavy = graph.heavy_neighbours(middle)
         if graph.is_hydrogen(middle) or len(heavy) < 2:
@@ -71,7 +71,9 @@ def _choose_seed(graph: MoleculeGraph, constrained: set[tuple[int, int]]) -> tup
         # Prefer backbone neighbours on both sides, so that the tree's torsions are the field's own (φ, ψ, ω).
         ends = sorted(heavy, key=lambda a: (not backbone[a], a))[:2]
         alpha = graph.names[middle] == "CA" and backbone[middle]
-        rank = (not (backbone[middle] and backbone[ends[0]] and backbone[ends[1]]), not alpha)
+        # At an alkyne's or nitrile's carbon the seed would be straight: no plane for anything else to be measured from.
+        straight = graph.elements[middle] == "C" and len(graph.neighbours[middle]) == 2
+        rank = (straight, not (backbone[middle] and backbone[ends[0]] and backbone[ends[1]]), not alpha)
         candidates.append((rank, (ends[0], middle, ends[1])))
     if candidates:
         # ... and among those the one nearest to the centre of the molecule: the tree is shallow there.

@@ -15,7 +15,15 @@ import openmm  # isort: skip
 from openmm import app, unit  # isort: skip
 
 from openmm_bg.errors import InputError
-from openmm_bg.simulate.structure import WATER, Molecule, first_line, is_structure, read_structure
+from openmm_bg.simulate.structure import (
+    LONGEST_BOND,
+    SHORTEST_BOND,
+    WATER,
+    Molecule,
+    first_line,
+    is_structure,
+    read_structure,
+)
 
 AMBER = (".prmtop", ".parm7")
 GROMACS = (".top",)
@@ -71,7 +79,10 @@ def prepare(
             warnings.simplefilter("always", UserWarning)
             topology, system = _read(path, parameters, implicit, common)
     except Exception as error:  # these readers raise whatever they stumble over
-        raise InputError(f"OpenMM cannot read {path} ({first_line(error)}).") from error
+        hint = ""
+        if path.suffix.lower() in CHARMM:  # "Could not find atom type for NH3", where a file was forgotten
+            hint = ": give all parameter and topology files that it was made with, each with --parameters"
+        raise InputError(f"OpenMM cannot read {path} ({first_line(error)}){hint}.") from error
     water = [r for r in topology.residues() if r.name.upper() in WATER]
     if water:
         raise InputError(f"{path} has {len(water)} water molecules: strip them with ParmEd, solvent is implicit.")
@@ -81,7 +92,8 @@ def prepare(
     if len(x) != topology.getNumAtoms():
         raise InputError(f"{positions} has {len(x)} atoms, {path} has {topology.getNumAtoms()}.")
     for a, b in topology.bonds():
-        if (length := float(np.linalg.norm(x[a.index] - x[b.index]))) > 0.3:
+        length = float(np.linalg.norm(x[a.index] - x[b.index]))
+        if not SHORTEST_BOND <= length <= LONGEST_BOND:
             raise InputError(
                 f"In {positions} the bonded atoms {a.index} ({a.name}) and {b.index} ({b.name}) are {length:.2f} nm "
                 "apart: another atom order, or a molecule split by the periodic box."

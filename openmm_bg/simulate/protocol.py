@@ -62,6 +62,8 @@ class Protocol:
                 raise InputError(f"The setting {name.replace('_', ' ')} cannot be {value:g}: give a positive number.")
         if self.replicas < 1:
             raise InputError(f"There must be at least 1 replica, got {self.replicas}.")
+        if self.seed < 0:
+            raise InputError(f"The seed {self.seed} is negative: give 0 or a larger whole number.")
         if self.hydrogen_mass is not None and not 1.0 < self.hydrogen_mass <= 4.0:
             raise InputError(f"Hydrogens of {self.hydrogen_mass:g} dalton are not possible: give between 1 and 4.")
         longest = LONGEST_STEP[self.hydrogen_mass is not None]

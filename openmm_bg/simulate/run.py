@@ -21,6 +21,7 @@ import openmm  # isort: skip
 
 from openmm_bg.coordinates import read_constraints
 from openmm_bg.energy.implicit_solvent import with_equal_solvent
+from openmm_bg.energy.tuning import check_choice
 from openmm_bg.errors import BGError, CheckpointError, InputError
 from openmm_bg.simulate import engine as engines
 from openmm_bg.simulate import folder as folders
@@ -132,6 +133,9 @@ def simulate(
         A damaged folder.
     """
     protocol = Protocol() if protocol is None else protocol
+    check_choice(platform, None)
+    if not np.isfinite(ph):
+        raise InputError(f"A pH of {ph:g} is not possible: give a number.")
     path, target = Path(structure), Path(output)
     extra = [Path(p) for p in parameters]
     given = {
@@ -280,13 +284,13 @@ def _work(
     prepared = sum(replica.progress >= 0 for replica in replicas)
 
     def run(which: int) -> None:
-        # Seeds depend on what is done, so that a continued run draws noise that it has not drawn yet.
-        stream = np.random.default_rng([protocol.seed, before, prepared, which])
-
-        def seed() -> int:
-            return int(stream.integers(1, 2**31 - 1))
-
         try:
+            # Seeds depend on what is done, so that a continued run draws noise that it has not drawn yet.
+            stream = np.random.default_rng([protocol.seed, before, prepared, which])
+
+            def seed() -> int:
+                return int(stream.integers(1, 2**31 - 1))
+
             engine.pin(which)
             context = engine.context(xml, protocol, seed())
             while not halt.is_set() and (replica := queue.take()) is not None:

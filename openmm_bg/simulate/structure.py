@@ -42,8 +42,9 @@ SIDE_CHAINS = {
     "PHE": "CB CG CD1 CD2 CE1 CE2 CZ", "PRO": "CB CG CD", "SER": "CB OG", "THR": "CB OG1 CG2",
     "TRP": "CB CG CD1 CD2 NE1 CE2 CE3 CZ2 CZ3 CH2", "TYR": "CB CG CD1 CD2 CE1 CE2 CZ OH", "VAL": "CB CG1 CG2",
 }  # fmt: skip
-#: A bond longer than this, nm, spans residues that the file lacks.
+#: A bond longer than this, nm, spans residues that the file lacks; one shorter joins atoms on one spot.
 LONGEST_BOND = 0.3
+SHORTEST_BOND = 0.04
 
 
 @dataclass
@@ -292,16 +293,29 @@ def _no_gaps(modeller: app.Modeller, path: Path) -> None:
     x = np.array(modeller.positions.value_in_unit(unit.nanometer), dtype=np.float64)
     for a, b in modeller.topology.bonds():
         length = float(np.linalg.norm(x[a.index] - x[b.index]))
-        if length > LONGEST_BOND:
-            raise InputError(
-                f"{path}: {a.name} of {residue_label(a.residue)} and {b.name} of {residue_label(b.residue)} are bonded,"
-                f" but {length:.2f} nm apart: residues between them are missing (PDBFixer adds them)."
-            )
+        if SHORTEST_BOND <= length <= LONGEST_BOND:
+            continue
+        pair = f"{path}: {a.name} of {residue_label(a.residue)} and {b.name} of {residue_label(b.residue)} are bonded, "
+        if a.residue is b.residue or length < SHORTEST_BOND:
+            raise InputError(f"{pair}but {length:.2f} nm apart: correct their coordinates.")
+        raise InputError(f"{pair}but {length:.2f} nm apart: residues between them are missing (PDBFixer adds them).")
+
+
+def _misfit(forcefield: app.ForceField, topology: app.Topology) -> Exception | None:
+    """Why the force field cannot describe the topology; None if it can.
+
+    `ForceField.getUnmatchedResidues` would be quicker, but knows no patches: it reports every end of a CHARMM chain.
+    """
+    try:
+        forcefield.createSystem(topology)
+    except Exception as error:  # ValueError as a rule, others from scripts inside force fields
+        return error
+    return None
 
 
 def _add_hydrogens(modeller: app.Modeller, forcefield: app.ForceField, ph: float, notes: list[str]) -> None:
     """Add what the force field's templates want; leave a structure alone that has all of it."""
-    if not forcefield.getUnmatchedResidues(modeller.topology):
+    if _misfit(forcefield, modeller.topology) is None:
         return
     before = modeller.topology.getNumAtoms()
     try:
@@ -309,12 +323,15 @@ def _add_hydrogens(modeller: app.Modeller, forcefield: app.ForceField, ph: float
     except Exception as error:
         raise InputError(f"Hydrogens cannot be added ({first_line(error)}).") from error
     added = modeller.topology.getNumAtoms() - before
-    unmatched = forcefield.getUnmatchedResidues(modeller.topology)
-    if unmatched:
+    misfit = _misfit(forcefield, modeller.topology)
+    if misfit is not None:
+        unmatched = forcefield.getUnmatchedResidues(modeller.topology)
+        if not unmatched:
+            raise InputError(f"The force field cannot describe the structure ({first_line(misfit)}).") from misfit
         names = " ".join(a.name for a in unmatched[0].atoms())
         raise InputError(
             f"The force field has no template for {residue_label(unmatched[0])} with the atoms {names}: correct its "
             "atom names or bonds, or add its parameters with --forcefield."
-        )
+        ) from misfit
     if added:
         notes.append(f"Added {added} hydrogens for pH {ph:g}.")

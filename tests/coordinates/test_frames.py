@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from openmm_bg.coordinates import InternalCoordinates, build_zmatrix
+from openmm_bg.coordinates import InternalCoordinates, build_zmatrix, frames
 from openmm_bg.coordinates.prefix import LONG, build_schedule
 
 
@@ -141,6 +141,78 @@ def test_pieces_of_a_large_batch(molecule, monkeypatch):
     assert calls == [3, 3, 3, 1]
 
 
+@pytest.mark.parametrize("batch", [0, 1, 10])
+def test_a_large_batch_is_placed_in_pieces(molecule, monkeypatch, batch):
+    """Positions and gradients of the pieces are those of the whole; a piece is never empty, none is left out."""
+    internal = InternalCoordinates(build_zmatrix(molecule("dipeptide").topology))
+    q = tuple(t[:batch].detach().requires_grad_() for t in random_coordinates(19, 10))
+    towards = torch.randn(batch, 22, 3, dtype=torch.float64)
+
+    def placed():
+        x = internal.to_positions(*q)
+        return x.detach(), *torch.autograd.grad(x, q, towards)
+
+    at_once = placed()
+    monkeypatch.setattr("openmm_bg.coordinates.frames.CPU_ATOMS", 4 * 22)
+    sizes, original = [], frames._place
+    monkeypatch.setattr(
+        frames, "_place", lambda tree, seed, *rest: (sizes.append(len(seed)), original(tree, seed, *rest))[1]
+    )
+    for a, b in zip(placed(), at_once, strict=True):
+        assert a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=1e-13)
+    assert sizes == {0: [0], 1: [1], 10: [4, 4, 2]}[batch]
+
+
+def hexyne(build_topology, bend):
+    """3-hexyne: coordinates [4, ...] with both angles at the triple bond ``bend`` short of straight."""
+    zmatrix = build_zmatrix(build_topology("C3 C2 C0 C0 C2 C3", "0-1 1-2 2-3 3-4 4-5"))
+    seed, r, theta, phi = (t.detach() for t in random_coordinates(len(zmatrix.rows), 4))
+    for k, row in enumerate(zmatrix.rows):
+        if row[1] in (2, 3):
+            theta[:, k] = math.pi - bend
+    return zmatrix, (seed, r, theta, phi)
+
+
+@pytest.mark.parametrize("bend", [0.05, 1e-3, 1e-5])
+def test_atoms_nearly_in_line(build_topology, bend):
+    """Dihedrals about a nearly straight axis keep what the positions hold: errors grow with 1 / bend, no faster."""
+    zmatrix, q = hexyne(build_topology, bend)
+    assert zmatrix.seed[1] not in (2, 3), "an alkyne's carbon would make a straight seed"
+    internal = InternalCoordinates(zmatrix)
+    axes = random_rotation() @ torch.diag(torch.tensor([1.0, -1.0, -1.0], dtype=torch.float64))
+    x = internal.to_positions(*q) @ axes.T + 1.0
+    pairs = torch.cdist(x, x)
+    for dtype in (torch.float64, torch.float32):
+        given = x.to(dtype).requires_grad_()
+        found = internal.to_internal(given)
+        again = internal.to_positions(*(t.detach() for t in found)).double()
+        assert (torch.cdist(again, again) - pairs).abs().max() < 30 * torch.finfo(dtype).eps / bend
+        (gradient,) = torch.autograd.grad(sum(t.cos().sum() for t in found), given)
+        assert torch.isfinite(gradient).all()
+
+
+def random_rotation():
+    torch.manual_seed(8)
+    q, r = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))
+    q = q * r.diagonal().sign()
+    return q * torch.linalg.det(q)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_degenerate_positions_are_outside_the_domain(molecule, dtype):
+    """What has no inverse is said to be none instead of being folded back: atoms in line, on one spot, or nowhere."""
+    mol = molecule("butane")
+    m = mol.map()
+    x = mol.x[:1].to(dtype).repeat(4, 1, 1)
+    carbons = [row for row in m.zmatrix.rows if row[0] < 4]
+    atom, parent, grandparent, _ = carbons[0]
+    x[1, [atom, parent, grandparent]] = torch.tensor([[0.25, 0, 0], [0.125, 0, 0], [0, 0, 0]], dtype=dtype)
+    x[2, atom] = x[2, parent]
+    x[3, atom, 1] = math.nan
+    y, s = m.to_internal(x)
+    assert y.dtype == dtype and m.in_domain(y, s).tolist() == [True, False, False, False]
+
+
 # ---------------------------------------------------------------- the schedule
 
 
@@ -163,6 +235,19 @@ def test_schedule_composes_every_path(long):
             while parent[path[-1]] >= 0:
                 path.append(parent[path[-1]])
             assert word == tuple(reversed(path))
+
+
+@pytest.mark.parametrize("long", [1, LONG])
+def test_chains_around_powers_of_two(long):
+    for n in (*range(1, 36), 63, 64, 65, 127, 128, 129, 1023, 1024, 1025):
+        schedule = build_schedule([-1, *range(n)], long)
+        reach = {0: (0,)} | {node: (node,) for node in range(1, n + 1)}
+        words = [reach[node] for node in schedule.slots]
+        for start, stop, sources in schedule.rounds:
+            words[start:stop] = [words[s] + words[start + i] for i, s in enumerate(sources)]
+        assert all(word == tuple(range(node + 1)) for node, word in zip(schedule.slots, words, strict=True))
+        if long == 1:
+            assert len(schedule.rounds) <= 2 * n.bit_length()
 
 
 def test_rounds_grow_with_the_logarithm():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from openmm_bg.coordinates import CoordinateMap, place_like
+from openmm_bg.coordinates import CoordinateMap, place_like, wrap
 
 NAMES = [
     "methanol", "propane", "butane", "isobutane", "ethylammonium", "ethylamine", "dimethylamine", "acetamide",
@@ -80,6 +80,34 @@ def test_gradients(molecule, name, constrained):
     assert torch.autograd.gradcheck(lambda p: m.to_internal(p), (x,), atol=1e-5)
     y, s = (t.detach().requires_grad_() for t in m.to_internal(mol.x[:2]))
     assert torch.autograd.gradcheck(m.positions_and_log_volume, (y, s), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ethylammonium", "dipeptide"])
+def test_gradients_by_y_and_by_s(molecule, name):
+    """`reduced`: lengths, angles and offsets in s, methyl rotors and carriers in y, one row of s for a batch of y."""
+    mol = molecule(name)
+    m = mol.map("reduced", mol.constrained())
+    y, s = m.to_internal(mol.x[:2])
+    assert len(m._triples) and len(m._siblings) and m.n_fixed > len(m.constraints.bonds)
+    y, s = y.requires_grad_(), s[:1].requires_grad_()
+    towards = torch.randn(2, m.n_atoms, 3, dtype=torch.float64)
+
+    def projected(y, s):
+        x, volume = m.positions_and_log_volume(y, s)
+        return (x * towards).sum() + volume.sum()
+
+    assert torch.autograd.gradcheck(projected, (y, s), atol=1e-5)
+
+
+def test_angles_wrap_to_a_half_open_interval():
+    """-π - ε comes back as the number before π, never as π itself, in either precision."""
+    for dtype in (torch.float64, torch.float32):
+        pi = torch.tensor(math.pi, dtype=dtype)
+        steps = torch.arange(-40, 41, dtype=dtype) * torch.finfo(dtype).eps
+        for turn in (-3.0, -1.0, 0.0, 1.0, 3.0):
+            found = wrap(turn * pi + steps)
+            assert (found >= -pi).all() and (found < pi).all()
+            assert ((found - turn * pi - steps).cos() - 1.0).abs().max() < 1e-6
 
 
 def rotation(alpha: torch.Tensor, beta: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:

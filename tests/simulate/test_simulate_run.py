@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -299,6 +300,24 @@ def test_an_unstable_simulation_says_so(dipeptide, tmp_path, monkeypatch):
         simulate(dipeptide, tmp_path / "md", one, platform="Reference", progress=False)
     monkeypatch.undo()
     assert kept(tmp_path / "md")["trajectory-1"][1] == 10 and len(frames(tmp_path / "md", "trajectory-1")) == 10
+
+
+def test_a_worker_that_cannot_start_ends_the_run(dipeptide, tmp_path, monkeypatch):
+    """Whatever a thread dies of, the main one hears of it instead of waiting for ever."""
+    monkeypatch.setattr(Protocol, "__post_init__", lambda self: None)
+    one = Protocol(**{**SHORT.to_dict(), "replicas": 1, "test": False, "seed": -1})  # no random stream takes it
+    caught = []
+
+    def run():
+        try:
+            simulate(dipeptide, tmp_path / "md", one, platform="Reference", progress=False)
+        except ValueError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(120.0)
+    assert caught and not thread.is_alive()
 
 
 def test_a_start_that_loses_its_chirality_is_refused(dipeptide, tmp_path, monkeypatch):

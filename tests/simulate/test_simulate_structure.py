@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch  # noqa: F401  (before openmm)
+import torch  # before openmm
 from click.testing import CliRunner
 
 from openmm_bg.cli import main
+from openmm_bg.coordinates import InternalCoordinates, build_zmatrix
 from openmm_bg.errors import InputError
 from openmm_bg.simulate.geometry import Stereochemistry
 from openmm_bg.simulate.structure import prepare
@@ -74,6 +75,13 @@ def test_repartitioned_masses(dipeptide):
     light = [m for m, a in zip(masses, molecule.topology.atoms(), strict=True) if a.element.symbol == "H"]
     assert np.allclose(light, 3.0)
     assert sum(masses) == pytest.approx(sum(a.element.mass._value for a in molecule.topology.atoms()), abs=0.01)
+
+
+def test_residues_that_only_a_patch_describes(dipeptide, monkeypatch):
+    """charmm36 describes charged ends by patches, of which OpenMM's list of unmatched residues knows nothing."""
+    monkeypatch.setattr(app.ForceField, "getUnmatchedResidues", lambda self, topology: list(topology.residues()))
+    molecule = prepare(dipeptide, FIELD)
+    assert molecule.topology.getNumAtoms() == 22 and molecule.notes == []
 
 
 def test_a_cif_file_is_read(dipeptide, tmp_path):
@@ -145,6 +153,13 @@ def test_bad_structures(dipeptide, tail, hp35, tmp_path):
     case("alternate", doubled, "alternate locations in 1 residue,", "ALA 2")
     assert prepare(edited(dipeptide, work / "kept.pdb", lambda s: doubled(s, "A")), FIELD).topology.getNumAtoms() == 22
     case("gap", lambda s: None if " LEU " in s else s, "residues between them are missing", base=tail)
+
+    def moved(s, words, to):
+        return s[:30] + to + s[54:] if words in s else s
+
+    case("torn", lambda s: moved(s, " CB  ALA", "  99.000  99.000  99.000"), "ALA 2", "CB", "correct their coordinates")
+    spot = "   1.000   2.000   3.000"
+    case("spot", lambda s: moved(s, "  1.00  0.00", spot), "0.00 nm apart", "correct their coordinates")
     case("nan", lambda s: s[:30] + "     nan" + s[38:] if " CB  ALA" in s else s, "nan.pdb")
     body = [s for s in dipeptide.read_text().splitlines() if s.startswith(("ATOM", "HETATM", "TER"))]
     (work / "models.pdb").write_text(
@@ -167,7 +182,10 @@ def test_bad_structures(dipeptide, tail, hp35, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*start, "in"])
 
 
-def test_bad_settings(dipeptide, tmp_path):
+def test_bad_settings(dipeptide, tmp_path, monkeypatch):
+    monkeypatch.setattr("openmm_bg.simulate.engine.minimise", None)  # all of it is said before any work
+    refused(simulate(dipeptide, tmp_path, "--seed", "-1"), "seed", "negative")
+    refused(simulate(dipeptide, tmp_path, "--ph", "nan"), "pH")
     refused(simulate(dipeptide, tmp_path, "--forcefield", "nonsense.xml"), "nonsense.xml")
     refused(simulate(dipeptide, tmp_path, "--platform", "Abacus"), "Abacus")
     refused(simulate(dipeptide, tmp_path, "--time-step", "4"), "--hmr")
@@ -242,3 +260,104 @@ def test_files_with_parameters(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="ending for positions"):
         prepare_parameters(Path(prmtop), tmp_path / "ala.top")
     assert not (tmp_path / "md").exists()
+
+
+def butane(folder):
+    """A .psf in the format of X-PLOR with its parameters and positions, all written here."""
+    carbons, hydrogens = range(4), [3, 2, 2, 3]
+    bonds = [(i, i + 1) for i in range(3)]
+    kinds = ["CT"] * 4
+    for i in carbons:
+        for _ in range(hydrogens[i]):
+            bonds.append((i, len(kinds)))
+            kinds.append("HA")
+    around = [[b if a == i else a for a, b in bonds if i in (a, b)] for i in range(len(kinds))]
+    angles = [(a, i, b) for i in carbons for k, a in enumerate(around[i]) for b in around[i][:k]]
+    dihedrals = [(a, i, j, b) for i, j in bonds[:3] for a in around[i] if a != j for b in around[j] if b != i]
+
+    def section(title, rows, per_line):
+        found = [f"{len(rows):8d} !{title}"]
+        for k in range(0, len(rows), per_line):
+            found.append("".join(f"{atom + 1:8d}" for row in rows[k : k + per_line] for atom in row))
+        return [*found, ""]
+
+    names = [f"{kind[0]}{i + 1}" for i, kind in enumerate(kinds)]
+    charge = {i: -0.09 * hydrogens[i] if i < 4 else 0.09 for i in range(len(kinds))}
+    lines = ["PSF", "", "       1 !NTITLE", " REMARKS butane", "", f"{len(kinds):8d} !NATOM"]
+    for i, kind in enumerate(kinds):
+        mass = 12.011 if kind == "CT" else 1.008
+        lines.append(f"{i + 1:8d} MOL  1    BUT  {names[i]:4s} {kind:4s} {charge[i]:10.6f}{mass:14.4f}           0")
+    lines += ["", *section("NBOND: bonds", bonds, 4), *section("NTHETA: angles", angles, 3)]
+    lines += section("NPHI: dihedrals", dihedrals, 2)
+    for title in ("NIMPHI: impropers", "NDON: donors", "NACC: acceptors"):
+        lines += section(title, [], 1)
+    lines += [
+        "       0 !NNB",
+        "",
+        *["       0" * len(kinds)],
+        "",
+        "       1       0 !NGRP",
+        "       0       0       0",
+        "",
+    ]
+    (folder / "butane.psf").write_text("\n".join(lines))
+    (folder / "butane.prm").write_text(
+        "* a force field for this test\n*\n\nATOMS\nMASS 1 CT 12.011\nMASS 2 HA 1.008\n\nBONDS\nCT CT 222.5 1.53\n"
+        "CT HA 309.0 1.11\n\nANGLES\n"
+        "CT CT CT 58.0 113.6\nCT CT HA 26.5 110.1\nHA CT HA 35.5 108.4\n\nDIHEDRALS\nX CT CT X 0.2 3 0.0\n\n"
+        "NONBONDED nbxmod 5 atom cdiel fshift vatom vdistance vfswitch -\n"
+        "cutnb 14.0 ctofnb 12.0 ctonnb 10.0 eps 1.0 e14fac 1.0 wmin 1.5\n"
+        "CT 0.0 -0.08 2.06\nHA 0.0 -0.022 1.32\n\nEND\n"
+    )
+    topology = app.Topology()
+    residue = topology.addResidue("BUT", topology.addChain())
+    atoms = [topology.addAtom(n, app.Element.getBySymbol(n[0]), residue) for n in names]
+    for a, b in bonds:
+        topology.addBond(atoms[a], atoms[b])
+    zmatrix = build_zmatrix(topology)
+    rows = zmatrix.rows
+    turn = [sum(row[1] == parent for row in rows[:k]) for k, (_, parent, *_) in enumerate(rows)]
+    phi = [2 * np.pi / 3 * (k + 1) if row[1] == zmatrix.seed[1] else np.pi + 2 * np.pi / 3 * k
+           for k, row in zip(turn, rows, strict=True)]  # fmt: skip
+    lengths = [[0.153 if row[0] < 4 else 0.111 for row in rows]]
+    angles_of_rows = [[1.92] * len(rows)]
+    q = (torch.tensor(value, dtype=torch.float64) for value in ([[0.153, 0.153, 1.95]], lengths, angles_of_rows, [phi]))
+    x = InternalCoordinates(zmatrix).to_positions(*q)[0].numpy()
+    written(app.Modeller(topology, x * unit.nanometer), folder / "butane.pdb")
+    return x
+
+
+def test_a_psf_with_its_parameters(tmp_path):
+    """From CHARMM's files to training data; the energies are those of ParmEd's reader."""
+    import parmed
+
+    from openmm_bg.simulate.folder import read_training_data
+    from openmm_bg.simulate.parameters import prepare as prepare_parameters
+
+    x = butane(tmp_path)
+    psf, pdb, prm = (tmp_path / f"butane.{ending}" for ending in ("psf", "pdb", "prm"))
+    molecule = prepare_parameters(psf, pdb, parameters=[prm], solvent="none")
+    assert np.abs(molecule.positions - x).max() < 1e-4 and molecule.system.getNumConstraints() == 10
+    theirs = parmed.charmm.CharmmPsfFile(str(psf)).createSystem(
+        parmed.charmm.CharmmParameterSet(str(prm)), nonbondedMethod=app.NoCutoff, constraints=app.HBonds
+    )
+    energies = []
+    for system in (molecule.system, theirs):
+        context = openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference"))
+        context.setPositions(x)
+        energies.append(context.getState(energy=True).getPotentialEnergy()._value)
+    assert energies[0] == pytest.approx(energies[1], abs=1e-6) and abs(energies[0]) > 1.0
+    files = ["--positions", str(pdb), "--parameters", str(prm)]
+    brief = ["--length", "0.0002", "--interval", "0.02", "--replicas", "1", "--heating", "0", "--equilibration", "0"]
+    result = simulate(psf, tmp_path, *files, *brief, "--platform", "Reference")
+    assert result.exit_code == 0, result.output
+    data = read_training_data(tmp_path / "md")
+    assert data.positions.shape == (10, 14, 3)
+    assert any(isinstance(f, openmm.GBSAOBCForce) for f in data.system.getForces())
+    (tmp_path / "none").mkdir()
+    other = tmp_path / "other.prm"
+    other.write_text(prm.read_text().replace("HA", "HB"))
+    refused(
+        simulate(psf, tmp_path / "none", "--positions", str(pdb), "--parameters", str(other)),
+        "butane.psf", "HA", "give all parameter and topology files",
+    )  # fmt: skip
