@@ -15,11 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from openmm_bg import free_energy
+    from openmm_bg.analysis.evaluate import evaluate
     from openmm_bg.artifact import Flow, load
     from openmm_bg.data import load_alanine_dipeptide
     from openmm_bg.ensemble import Ensemble
     from openmm_bg.force import FlowForce
+    from openmm_bg.latent import LatentMove
+    from openmm_bg.reporters import MoveReporter
     from openmm_bg.sampler import BoltzmannGeneratorSampler
+    from openmm_bg.switching import NonequilibriumMove
     from openmm_bg.training.config import TrainingConfig
     from openmm_bg.training.run import train
 
@@ -28,7 +32,11 @@ _PUBLIC = {
     "Ensemble": "openmm_bg.ensemble",
     "Flow": "openmm_bg.artifact",
     "FlowForce": "openmm_bg.force",
+    "LatentMove": "openmm_bg.latent",
+    "MoveReporter": "openmm_bg.reporters",
+    "NonequilibriumMove": "openmm_bg.switching",
     "TrainingConfig": "openmm_bg.training.config",
+    "evaluate": "openmm_bg.analysis.evaluate",
     "load": "openmm_bg.artifact",
     "load_alanine_dipeptide": "openmm_bg.data",
     "train": "openmm_bg.training.run",
@@ -40,7 +48,11 @@ __all__ = [
     "Ensemble",
     "Flow",
     "FlowForce",
+    "LatentMove",
+    "MoveReporter",
+    "NonequilibriumMove",
     "TrainingConfig",
+    "evaluate",
     "free_energy",
     "load",
     "load_alanine_dipeptide",

@@ -1,4 +1,4 @@
-"""The command line: ``openmm-bg simulate | train | sample | evaluate | demo | doctor``."""
+"""The command line: ``openmm-bg simulate | train | sample | evaluate | report | demo | doctor``."""
 
 from __future__ import annotations
 
@@ -163,11 +163,16 @@ def simulate(
 @click.option("--temperature", type=float, help="Kelvin.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for the model.")
 @click.option("--log-weights", type=click.Path(path_type=Path), help=".npy file [frames] for biased frames.")
-@click.option("--representation", type=click.Choice(["full", "reduced"]), default="full", show_default=True)
-@click.option("--preset", type=click.Choice(["cpu", "paper"]), default="cpu", show_default=True)
+@click.option(
+    "--representation",
+    type=click.Choice(["full", "reduced"]),
+    help="Default: full, and reduced for the presets protein and paper.",
+)
+@click.option("--preset", type=click.Choice(["cpu", "protein", "paper"]), default="cpu", show_default=True)
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file instead of a preset.")
 @click.option("--platform", help="OpenMM platform for energies; default: the fastest, by timing.")
 @click.option("--workers", type=int, help="Contexts that evaluate energies; default: by timing.")
+@click.option("--device", help="Where the flow is trained: cpu (default) or cuda.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run in the same folder.")
 @_friendly
 def train(
@@ -183,18 +188,55 @@ def train(
     config_file: Path | None,
     platform: str | None,
     workers: int | None,
+    device: str | None,
     resume: bool,
 ) -> None:
     """Train a flow for a single molecule.
 
     The data are a FOLDER made by `openmm-bg simulate`, or --system, --topology, --trajectory and --temperature. Writes
-    flow.bg, the loss curve and checkpoints; Ctrl-C is safe, --resume continues.
+    flow.bg, the loss curve and checkpoints; Ctrl-C is safe, --resume continues. Started by torchrun, several processes
+    share every batch.
 
     \b
     Example:
-      openmm-bg train md/ -o model/
+      openmm-bg train md/ -o model/ --preset protein
+      torchrun --nproc-per-node 2 -m openmm_bg.cli train md/ -o model/ --preset protein
       openmm-bg train --system system.xml --topology top.pdb --trajectory traj.dcd --temperature 300 -o model/
     """
+    from openmm_bg.training.parallel import joined_to_tell_once
+
+    if representation is None:
+        representation = "reduced" if config_file is None and preset in ("protein", "paper") else "full"
+    with joined_to_tell_once(device or "cpu") as ranks:
+        if not ranks.is_main:
+            logging.getLogger("openmm_bg").setLevel(logging.ERROR)  # the main process says it
+        record, n_modelled = _train(
+            folder, system_file, topology_file, trajectory_files, temperature, output, log_weights, representation,
+            config_file if config_file is not None else preset, platform, workers, device, resume,
+        )  # fmt: skip
+    if ranks.is_main:
+        click.echo(
+            f"{output / 'flow.bg'}: {n_modelled} coordinates, {record['steps']} steps, "
+            f"effective sample size {record.get('completed_ess', record['reverse_ess']):.1%}"
+        )
+
+
+def _train(
+    folder: Path | None,
+    system_file: Path | None,
+    topology_file: Path | None,
+    trajectory_files: tuple[Path, ...],
+    temperature: float | None,
+    output: Path,
+    log_weights: Path | None,
+    representation: Any,
+    config: Any,
+    platform: str | None,
+    workers: int | None,
+    device: str | None,
+    resume: bool,
+) -> tuple[dict[str, Any], int]:
+    """Read the data and train: the training record, and the number of modelled coordinates."""
     from openmm_bg.commands import read_log_weights, read_system, read_topology
 
     system: Any
@@ -225,17 +267,14 @@ def train(
         temperature,
         log_weights=weights,
         representation=representation,
-        config=config_file if config_file is not None else preset,
+        config=config,
         directory=output,
         resume=resume,
         platform=platform,
         n_workers=workers,
+        device=device,
     )
-    record = flow.metadata["training"]
-    click.echo(
-        f"{output / 'flow.bg'}: {flow.coordinates.n_modelled} coordinates, {record['steps']} steps, "
-        f"effective sample size {record.get('completed_ess', record['reverse_ess']):.1%}"
-    )
+    return flow.metadata["training"], flow.coordinates.n_modelled
 
 
 @main.command()
@@ -278,59 +317,97 @@ def sample(
     click.echo(sample_to_files(flow_file, n_samples, output, system_file, temperature, seed, platform, workers))
 
 
+def _evaluating(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The arguments and options that `evaluate` and `report` share."""
+    workers = "Contexts that evaluate energies; default: by timing."
+    for decorate in (
+        click.option("--workers", type=int, help=workers),
+        click.option("--platform", help="OpenMM platform for energies; default: the fastest, by timing."),
+        click.option("--seed", type=int, default=0, show_default=True),
+        click.option("--embedding", type=click.Choice(["auto", "umap", "pca"]), default="auto", show_default=True),
+        click.option(
+            "--system",
+            "system_file",
+            type=click.Path(path_type=Path),
+            help="Another System (XML) than the flow's, for energies, weights and moves.",
+        ),
+        click.option(
+            "--training",
+            type=click.Path(path_type=Path),
+            help="Training frames, for novelty: a trajectory or a folder of simulate; default: the folder that DATA "
+            "lies in.",
+        ),
+        click.option("-n", "n_samples", type=int, default=10_000, show_default=True, help="Samples of the flow."),
+        click.argument("data", type=click.Path(path_type=Path)),
+        click.argument("flow_files", metavar="FLOW...", nargs=-1, required=True, type=click.Path(path_type=Path)),
+    ):
+        function = decorate(function)
+    return function
+
+
+def _evaluation_settings(
+    n_samples: int, system_file: Path | None, embedding: Any, seed: int, platform: str | None, workers: int | None
+) -> dict[str, Any]:
+    from openmm_bg.commands import read_system
+
+    return {
+        "n_samples": n_samples,
+        "system": None if system_file is None else read_system(system_file),
+        "system_source": None if system_file is None else str(system_file),
+        "embedding": embedding,
+        "seed": seed,
+        "platform": platform,
+        "n_workers": workers,
+    }
+
+
 @main.command()
-@click.argument("flow_files", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.argument("data", type=click.Path(path_type=Path))
-@click.option("-n", "n_samples", type=int, default=10_000, show_default=True, help="Samples of the flow.")
+@_evaluating
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="JSON file; default: the flow's name, .evaluation.json."
 )
-@click.option(
-    "--training",
-    type=click.Path(path_type=Path),
-    help="Training frames, for novelty: a trajectory or a folder of simulate; default: the folder that DATA lies in.",
-)
-@click.option("--embedding", type=click.Choice(["auto", "umap", "pca"]), default="auto", show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--platform", help="OpenMM platform for energies; default: the fastest, by timing.")
-@click.option("--workers", type=int, help="Contexts that evaluate energies; default: by timing.")
 @_friendly
 def evaluate(
-    flow_files: tuple[Path, ...],
-    data: Path,
-    n_samples: int,
-    output: Path | None,
-    training: Path | None,
-    embedding: Any,
-    seed: int,
-    platform: str | None,
-    workers: int | None,
+    flow_files: tuple[Path, ...], data: Path, output: Path | None, training: Path | None, **options: Any
 ) -> None:
     """Hold a flow against MD frames that it has not seen: ΔD, energies, likelihood, weights, acceptance, structure.
 
-    DATA is a trajectory, or a folder made by `openmm-bg simulate`, whose test.dcd is taken. With several FLOW_FILES
-    (seeds of one training) the first is evaluated and the likelihoods of all are compared. Every figure goes into a
-    JSON file too, those of each residue included.
+    FLOW is a flow file or a folder of `openmm-bg train`. DATA is a trajectory, or a folder made by `openmm-bg
+    simulate`, whose test.dcd is taken. With several flows (seeds of one training) the first is evaluated and the
+    likelihoods of all are compared. Every figure goes into a JSON file too, those of each residue included.
 
     \b
     Example:
       openmm-bg evaluate model/flow.bg md/test.dcd
     """
-    from openmm_bg.analysis.evaluate import evaluate_files
+    from openmm_bg.analysis.files import evaluate_files
 
-    result, path = evaluate_files(
-        flow_files,
-        data,
-        output,
-        training,
-        n_samples=n_samples,
-        embedding=embedding,
-        seed=seed,
-        platform=platform,
-        n_workers=workers,
-    )
+    result, path = evaluate_files(flow_files, data, output, training, **_evaluation_settings(**options))
     click.echo(str(result))
     click.echo(f"Every figure: {path}")
+
+
+@main.command()
+@_evaluating
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="HTML file; default: the flow's name with .html.")
+@_friendly
+def report(
+    flow_files: tuple[Path, ...], data: Path, output: Path | None, training: Path | None, **options: Any
+) -> None:
+    """One HTML page that shows how good a flow is: what `evaluate` computes, as pictures, with the training's losses.
+
+    Arguments and options are those of `evaluate`. The page holds everything it shows and loads nothing; the figures
+    lie beside it as JSON.
+
+    \b
+    Example:
+      openmm-bg report model/ md/ -o report.html
+    """
+    from openmm_bg.analysis.files import report_files
+
+    result, path = report_files(flow_files, data, output, training, **_evaluation_settings(**options))
+    click.echo(str(result))
+    click.echo(f"Page: {path}")
 
 
 @main.command()
@@ -366,3 +443,7 @@ def doctor() -> None:
     click.echo(str(report))
     if not report.ok:
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

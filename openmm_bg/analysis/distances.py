@@ -65,6 +65,30 @@ def pair_distances(positions: ArrayLike, atoms: ArrayLike) -> FloatArray:
     return found
 
 
+def mean_distances(positions: ArrayLike, atoms: ArrayLike) -> FloatArray:
+    """Mean distance matrix of the chosen atoms over frames, in Å.
+
+    Parameters
+    ----------
+    positions : array_like, shape [n, N, 3]
+        nm.
+    atoms : array_like of int, shape [a]
+
+    Returns
+    -------
+    ndarray, shape [a, a]
+    """
+    x, index = np.asarray(positions), np.asarray(atoms, int)
+    i, j = np.triu_indices(index.size, k=1)
+    step = max(1, _PIECE // max(1, i.size))
+    total = np.zeros(i.size)
+    for start in range(0, len(x), step):
+        total += pair_distances(x[start : start + step], index).sum(0)
+    found = np.zeros((index.size, index.size))
+    found[i, j] = found[j, i] = ANGSTROM * total / len(x)
+    return found
+
+
 def _batch_difference(a: NDArray[np.floating], b: NDArray[np.floating], atoms: NDArray[np.int64]) -> float:
     """Mean over rows and pairs of atoms of |d_a - d_b|, nm."""
     step = max(1, _PIECE // (atoms.size * atoms.size))
@@ -76,7 +100,13 @@ def _batch_difference(a: NDArray[np.floating], b: NDArray[np.floating], atoms: N
 
 
 def delta_d(
-    generated: ArrayLike, data: ArrayLike, atoms: ArrayLike, *, batch: int = BATCH, seed: int = 0
+    generated: ArrayLike,
+    data: ArrayLike,
+    atoms: ArrayLike,
+    *,
+    training: ArrayLike | None = None,
+    batch: int = BATCH,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """ΔD of generated frames against data, with data against data beside it.
 
@@ -90,6 +120,9 @@ def delta_d(
         nm; data need at least two frames.
     atoms : array_like of int
         From `backbone_atoms`.
+    training : array_like, shape [k, N, 3], optional
+        nm; frames that the flow was trained on. Their ΔD against the data is what a flow that repeats them has:
+        where it lies above data against data, the MD is too short to agree with itself.
     batch : int
         Frames in a batch; fewer if there are fewer.
     seed : int
@@ -99,7 +132,8 @@ def delta_d(
     -------
     dict
         ``generated``, ``generated_sd``, ``data``, ``data_sd`` (Å; mean and standard deviation over batches, the latter
-        NaN for one batch), ``ratio``, ``batch`` and ``batches``.
+        NaN for one batch), ``training`` and ``training_sd`` (NaN without training frames), ``ratio`` of generated to
+        data, ``batch`` and ``batches``.
 
     Raises
     ------
@@ -118,14 +152,23 @@ def delta_d(
         )
     size = min(batch, len(x), len(y))
     rng = np.random.default_rng(seed)
-    order = rng.permutation(len(x))
-    found, baseline = [], []
-    for start in range(0, len(x) - size + 1, size):
-        found.append(_batch_difference(x[order[start : start + size]], y[rng.permutation(len(y))[:size]], index))
+
+    def against_data(frames: NDArray[np.floating]) -> list[float]:
+        order = rng.permutation(len(frames))
+        n = min(size, len(frames))
+        return [
+            _batch_difference(frames[order[k : k + n]], y[rng.permutation(len(y))[:n]], index)
+            for k in range(0, len(frames) - n + 1, n)
+        ]
+
+    found = against_data(x)
+    baseline = []
+    for _ in found:
         mixed = rng.permutation(len(y))
         # Two halves without a common frame where there are enough; else a ring, where no frame meets itself.
         other = mixed[size : 2 * size] if len(y) >= 2 * size else np.roll(mixed, 1)[:size]
         baseline.append(_batch_difference(y[mixed[:size]], y[other], index))
+    known = [] if training is None or len(np.asarray(training)) == 0 else against_data(np.asarray(training))
     ours, theirs = ANGSTROM * np.array(found), ANGSTROM * np.array(baseline)
     several = len(ours) > 1
     return {
@@ -133,6 +176,8 @@ def delta_d(
         "generated_sd": float(ours.std(ddof=1)) if several else float("nan"),
         "data": float(theirs.mean()),
         "data_sd": float(theirs.std(ddof=1)) if several else float("nan"),
+        "training": float(ANGSTROM * np.mean(known)) if known else float("nan"),
+        "training_sd": float(ANGSTROM * np.std(known, ddof=1)) if len(known) > 1 else float("nan"),
         "ratio": float(ours.mean() / theirs.mean()) if theirs.mean() > 0 else float("nan"),
         "batch": size,
         "batches": len(ours),

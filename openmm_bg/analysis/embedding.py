@@ -75,7 +75,7 @@ def embed(
         import umap
 
         neighbours = min(15, len(y) - 1)
-        mapping = umap.UMAP(n_components=2, n_neighbors=neighbours, random_state=seed).fit(y)
+        mapping = umap.UMAP(n_components=2, n_neighbors=neighbours, random_state=seed, n_jobs=1).fit(y)
         return {
             "method": "umap",
             "generated": np.asarray(mapping.transform(x), np.float64),

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,11 +24,11 @@ from openmm_bg.analysis.density_figures import (
 )
 from openmm_bg.analysis.distances import BATCH, backbone_atoms, delta_d
 from openmm_bg.analysis.embedding import Method, choose_method, embed
-from openmm_bg.analysis.evaluation import Evaluation
-from openmm_bg.analysis.evaluation_input import MIN_FRAMES, check_frames, read_held_out
+from openmm_bg.analysis.evaluation import Evaluation, Material
+from openmm_bg.analysis.evaluation_input import MIN_FRAMES, check_frames
 from openmm_bg.analysis.novelty import heavy_atoms, minimise, nearest_rmsd
 from openmm_bg.analysis.residues import chi_distances, ramachandran_distances, residue_rmsf
-from openmm_bg.artifact import Flow, load, topology_digest
+from openmm_bg.artifact import Flow, topology_digest
 from openmm_bg.coordinates import MoleculeGraph
 from openmm_bg.energy import make_context
 from openmm_bg.errors import InputError
@@ -57,6 +55,7 @@ def evaluate(
     training: Any = None,
     *,
     n_samples: int = 10_000,
+    system: openmm.System | None = None,
     batch: int = BATCH,
     embedding: Method = "auto",
     seed: int = 0,
@@ -66,9 +65,9 @@ def evaluate(
 ) -> Evaluation:
     """How good a flow is, held against MD frames that it has not seen.
 
-    Energies are those of the flow's own System at its own temperature. A `reduced` flow's frames are those at
-    typical values of what it does not model, as in the paper; if it has a completion, energies and weights of the
-    completed ones (formula C) stand beside them.
+    Energies are those of the flow's own System at its own temperature, unless another System is given. A `reduced`
+    flow's frames are those at typical values of what it does not model, as in the paper; if it has a completion,
+    energies and weights of the completed ones (formula C) stand beside them.
 
     Parameters
     ----------
@@ -81,6 +80,9 @@ def evaluate(
         which the second half is then held.
     n_samples : int
         Samples of the flow, at least 1.
+    system : openmm.System, optional
+        Another force field for the same molecule, with the flow's constraints: that of energies, weights,
+        moves and minimisations. The temperature stays the flow's.
     batch : int
         Frames in a batch of ΔD.
     embedding : {"auto", "umap", "pca"}
@@ -107,43 +109,54 @@ def evaluate(
     Kim et al., arXiv 2401.04246 (2024), Table 1 and Figures 3 and 4.
     """
     several = [flows] if isinstance(flows, Flow) else list(flows)
-    _check_numbers(several, n_samples, batch, seed)
+    check_numbers(several, n_samples, batch, seed)
     embedding = choose_method(embedding)
     flow = several[0]
     topology = flow.topology
     reference = _reference_frame(flow)
     data = check_frames(positions, topology, reference, "the held-out trajectory")
     if len(data) < MIN_FRAMES:
-        raise InputError(f"{len(data)} held-out frames are too few: give at least {MIN_FRAMES}, better {2 * BATCH}.")
+        frames = "One held-out frame is" if len(data) == 1 else f"{len(data)} held-out frames are"
+        raise InputError(f"{frames} too few: give at least {MIN_FRAMES}, better {2 * BATCH}.")
     known = None if training is None else check_frames(training, topology, reference, "the training trajectory")
     notes: list[str] = []
+    own = flow.system if system is None else system
+    if not isinstance(own, openmm.System):
+        raise InputError(f"The system must be an openmm.System, not a {type(own).__name__}.")
+    if own.getNumParticles() != flow.coordinates.n_atoms:
+        raise InputError(
+            f"The System has {own.getNumParticles()} particles, the flow's molecule {flow.coordinates.n_atoms}."
+        )
     figures: dict[str, Any] = {
         "about": {
             "atoms": flow.coordinates.n_atoms,
             "residues": topology.getNumResidues(),
             "representation": flow.representation,
             "temperature": flow.temperature,
+            "system": "the flow's own" if system is None else "another",
             "samples": n_samples,
             "held_out_frames": len(data),
             "training_frames": None if known is None else len(known),
             "seed": seed,
         }
     }
-    context = make_context(flow.system)
+    context = make_context(own)
     context.setPositions(reference)
     with BoltzmannGeneratorSampler(
         flow, context, flow.temperature, seed=seed, platform=platform, n_workers=n_workers
     ) as sampler:
         figures["about"]["platform"] = sampler.pool.platform
-        generated = _density_part(figures, notes, several, sampler, data, n_samples, seed, progress)
+        material = _density_part(figures, notes, several, sampler, data, n_samples, seed, progress)
+        generated = material.generated
         if len(generated) == 0:
             raise InputError("Not one sample lies in the domain of the coordinates: the flow is not fit for use.")
-        _structure_part(figures, notes, topology, generated, data, batch, embedding, seed, progress)
+        _structure_part(figures, notes, topology, generated, data, known, batch, embedding, seed, progress)
         figures["novelty"] = _novelty_part(notes, sampler, generated, data, known, seed, progress)
-    return Evaluation(figures, tuple(notes))
+    return Evaluation(figures, tuple(notes), material)
 
 
-def _check_numbers(flows: list[Flow], n_samples: Any, batch: Any, seed: Any) -> None:
+def check_numbers(flows: list[Flow], n_samples: Any, batch: Any, seed: Any) -> None:
+    """Refuse numbers that are none, and flows that do not compare, with an `InputError`."""
     if not flows or not all(isinstance(flow, Flow) for flow in flows):
         raise InputError("Give a Flow, or a sequence of at least one.")
     for name, value, least in (("number of samples", n_samples, 1), ("batch", batch, 1), ("seed", seed, 0)):
@@ -188,13 +201,13 @@ def _density_part(
     n_samples: int,
     seed: int,
     progress: bool,
-) -> Frames:
-    """Samples, energies, weights, likelihoods and moves; returns the frames whose structure is looked at."""
+) -> Material:
+    """Samples, energies, weights, likelihoods and moves; what they were computed from is returned."""
     rigid = sampler.label == "rigid"
     with _bar("samples", n_samples, progress) as advance:
         found: Samples = draw(sampler, n_samples, completion=False, advance=advance)
     ours = "generated, rigid" if rigid else "generated"
-    figures["energies"] = {ours: energy_figures(found.energies)}
+    material = Material(found.positions, data, {ours: found.energies}, [found.log_weights])
     figures["weights"] = [weight_figures(found.log_weights, "B" if rigid else "A", found.label)]
     if rigid:
         notes.append(
@@ -204,13 +217,15 @@ def _density_part(
     if rigid and sampler.flow.completion is not None:
         with _bar("completed samples", n_samples, progress) as advance:
             completed = draw(sampler, n_samples, completion=True, advance=advance)
-        figures["energies"]["generated, completed"] = energy_figures(completed.energies)
+        material.energies["generated, completed"] = completed.energies
+        material.log_weights.append(completed.log_weights)
         figures["weights"].append(weight_figures(completed.log_weights, "C", completed.label))
         del completed
     elif rigid:
         notes.append("The flow has no completion: there are no exact weights (formula C), train it anew for them.")
     with _bar("energies of the data", len(data), progress) as advance:
-        figures["energies"]["data"] = energy_figures(frame_energies(sampler, data, advance))
+        material.energies["data"] = frame_energies(sampler, data, advance)
+    figures["energies"] = {name: energy_figures(values) for name, values in material.energies.items()}
     nlls = []
     with _bar("likelihood of the data", len(data) * len(flows), progress) as advance:
         for flow in flows:
@@ -231,7 +246,7 @@ def _density_part(
         figures["moves"] = partial_move_acceptance(sampler, starts, seed=seed + 1, advance=advance)
     if len(found.positions) < n_samples:
         notes.append(f"{n_samples - len(found.positions)} samples lie outside the domain of the coordinates.")
-    return found.positions
+    return material
 
 
 def _structure_part(
@@ -240,6 +255,7 @@ def _structure_part(
     topology: Any,
     generated: Frames,
     data: Frames,
+    known: Frames | None,
     batch: int,
     embedding: Method,
     seed: int,
@@ -249,7 +265,8 @@ def _structure_part(
     atoms, name = backbone_atoms(topology)
     figures["delta_d"] = None
     if atoms.size >= 2:
-        figures["delta_d"] = {**delta_d(generated, data, atoms, batch=batch, seed=seed), "atoms": name}
+        found = delta_d(generated, data, atoms, training=known, batch=batch, seed=seed)
+        figures["delta_d"] = {**found, "atoms": name}
         size = figures["delta_d"]["batch"]
         if size < batch:
             notes.append(
@@ -267,6 +284,9 @@ def _structure_part(
     figures["rmsf"] = residue_rmsf(generated, data, topology, fit)
     figures["ramachandran"] = (ramachandran_distances(generated, data, topology, seed) or None) if peptide else None
     figures["chi"] = (chi_distances(generated, data, topology, seed) or None) if peptide else None
+    for key, what in (("ramachandran", "residue has both φ and ψ"), ("chi", "residue has a side chain torsion χ")):
+        if peptide and figures[key] is None:
+            notes.append(f"No {what}: its distances are left out.")
     few, some = _evenly(generated, CLASH_FRAMES), _evenly(data, CLASH_FRAMES)
     with _bar("clashes", len(few) + len(some), progress) as advance:
         figures["clashes"] = {
@@ -287,6 +307,8 @@ def _structure_part(
         for key in ("generated", "data"):
             found[key] = np.round(found[key], 3)
         figures["embedding"] = found
+    else:
+        notes.append("The embedding is left out: the molecule has no three backbone atoms.")
 
 
 def _novelty_part(
@@ -312,7 +334,7 @@ def _novelty_part(
     with _bar("nearest frames", len(ours) + len(theirs), progress) as advance:
         near, near_data = (nearest_rmsd(x, known, atoms, advance) for x in (ours, theirs))
     context = openmm.Context(
-        sampler.flow.system,
+        sampler.context.getSystem(),
         openmm.VerletIntegrator(0.001),
         openmm.Platform.getPlatformByName(sampler.pool.platform),
     )
@@ -330,62 +352,3 @@ def _novelty_part(
             {"nearest": float(near_data[k]), **row} for k, row in zip(far_data, minimised_data, strict=True)
         ],
     }
-
-
-def evaluate_files(
-    flow_files: Sequence[Path],
-    data: Path,
-    output: Path | None = None,
-    training: Path | None = None,
-    **settings: Any,
-) -> tuple[Evaluation, Path]:
-    """`evaluate` on files; writes the JSON.
-
-    Parameters
-    ----------
-    flow_files
-        Artifacts; seeds of one training if there are several.
-    data
-        Trajectory, or a folder of ``openmm-bg simulate``; as `evaluation_input.read_held_out`.
-    output
-        JSON file; default: the first flow's name with the ending .evaluation.json.
-    training
-        Trajectory or folder with the training frames.
-    settings
-        Keywords of `evaluate`.
-
-    Returns
-    -------
-    Evaluation
-    Path
-        Where its JSON lies.
-
-    Raises
-    ------
-    InputError
-        As `evaluate` and `read_held_out`; a place that cannot be written.
-    ArtifactError
-        A flow that cannot be read.
-    """
-    if not flow_files:
-        raise InputError("Give at least one flow file before the trajectory.")
-    target = flow_files[0].with_suffix(".evaluation.json") if output is None else output
-    if target.is_dir():
-        raise InputError(f"{target} is a folder: name a file for the figures.")
-    if not target.parent.is_dir():
-        raise InputError(f"There is no folder {target.parent}.")
-    if not os.access(target.parent, os.W_OK):
-        raise InputError(f"The folder {target.parent} cannot be written: choose another place with -o.")
-    flows = [load(path) for path in flow_files]
-    _check_numbers(flows, settings.get("n_samples", 1), settings.get("batch", BATCH), settings.get("seed", 0))
-    held = read_held_out(data, flows[0].topology, training)
-    result = evaluate(flows, held.positions, held.training, **settings)
-    about = {
-        "flows": [str(path) for path in flow_files],
-        "data": held.source,
-        "training": held.training_source,
-        **result.figures["about"],
-    }
-    result = Evaluation({**result.figures, "about": about}, (*held.notes, *result.notes))
-    result.save(target)
-    return result, target

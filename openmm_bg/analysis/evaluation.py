@@ -4,13 +4,34 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from openmm_bg.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """What figures were computed from, for pictures.
+
+    Parameters
+    ----------
+    generated, data : ndarray, shape [m, N, 3] and [n, N, 3]
+        nm; the frames whose structure was looked at.
+    energies : dict
+        kcal/mol of every sample or frame, by the names of ``Evaluation.figures["energies"]``; +inf where there is none.
+    log_weights : list of ndarray
+        In the order of ``Evaluation.figures["weights"]``; -inf is a weight of zero.
+    """
+
+    generated: NDArray[np.float32]
+    data: NDArray[np.float32]
+    energies: dict[str, NDArray[np.float64]]
+    log_weights: list[NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -25,10 +46,13 @@ class Evaluation:
         them, and ``about``. A section that the molecule does not have is None.
     notes : tuple of str
         Sentences on what was left out or done with less than was asked.
+    material : Material, optional
+        Frames, energies and weights behind the figures; it is not part of the JSON.
     """
 
     figures: dict[str, Any]
     notes: tuple[str, ...] = ()
+    material: Material | None = field(default=None, repr=False, compare=False)
 
     def to_json(self) -> str:
         """JSON text; NaN as null, infinities as the strings "inf" and "-inf"."""
@@ -75,7 +99,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _plus(value: float, error: float, form: str = ".2f") -> str:
+def plus(value: float, error: float, form: str = ".2f") -> str:
+    """``1.23 ± 0.04``; the value alone where there is no error."""
     return f"{value:{form}}" if math.isnan(error) else f"{value:{form}} ± {error:{form}}"
 
 
@@ -86,15 +111,17 @@ def _table_one(figures: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(
             (
                 f"ΔD ({delta['atoms']}), Å",
-                f"{_plus(delta['generated'], delta['generated_sd'], '.3f')}; data against data "
-                f"{_plus(delta['data'], delta['data_sd'], '.3f')}; {delta['batches']} batches of {delta['batch']}",
+                f"{plus(delta['generated'], delta['generated_sd'], '.3f')}; data against data "
+                f"{plus(delta['data'], delta['data_sd'], '.3f')}; "
+                + ("" if math.isnan(delta["training"]) else f"training frames {delta['training']:.3f}; ")
+                + f"{delta['batches']} batches of {delta['batch']}",
             )
         )
     for name, values in figures["energies"].items():
         rows.append(
             (
                 f"energy, {name}, kcal/mol",
-                f"below the median {_plus(values['below_median_mean'], values['below_median_sd'], '.1f')} (SD); "
+                f"below the median {plus(values['below_median_mean'], values['below_median_sd'], '.1f')} (SD); "
                 f"median {values['median']:.1f}" + (f"; {values['nonfinite']} none" if values["nonfinite"] else ""),
             )
         )
@@ -103,8 +130,8 @@ def _table_one(figures: dict[str, Any]) -> list[tuple[str, str]]:
     rows.append(
         (
             "held-out NLL, nats",
-            f"{_plus(first['per_dof'], first['per_dof_error'], '.4f')} per modelled degree of freedom "
-            f"({first['dof']}), {_plus(first['total'], first['total_error'])} in total; {first['frames']} frames, "
+            f"{plus(first['per_dof'], first['per_dof_error'], '.4f')} per modelled degree of freedom "
+            f"({first['dof']}), {plus(first['total'], first['total_error'])} in total; {first['frames']} frames, "
             f"{first['outside']} outside",
         )
     )
@@ -112,8 +139,8 @@ def _table_one(figures: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(
             (
                 f"NLL of {len(nll['flows'])} flows, nats",
-                f"{_plus(nll['per_dof_mean'], nll['per_dof_sd'], '.4f')} per degree of freedom, "
-                f"{_plus(nll['total_mean'], nll['total_sd'])} in total (SD over flows)",
+                f"{plus(nll['per_dof_mean'], nll['per_dof_sd'], '.4f')} per degree of freedom, "
+                f"{plus(nll['total_mean'], nll['total_sd'])} in total (SD over flows)",
             )
         )
     return rows
@@ -132,7 +159,7 @@ def _weights(figures: dict[str, Any]) -> list[tuple[str, str]]:
     rows.append(
         (
             "acceptance of partial moves (D)",
-            f"{_plus(move['acceptance'], move['acceptance_error'], '.2g')}; {move['frames']} frames, "
+            f"{plus(move['acceptance'], move['acceptance_error'], '.2g')}; {move['frames']} frames, "
             f"{move['proposals']} proposals each, {move['outside']} frames outside",
         )
     )

@@ -177,6 +177,11 @@ def read_held_out(data: Path, topology: Any, training: Path | None = None, limit
         found = read_checkpoint(folder, "test")
         available = 0 if found is None else int(found["frames"])
         training = folder if training is None else training
+    elif simulated and data.suffix == ".dcd":
+        from openmm_bg.simulate.folder import read_record
+
+        if data.stem in read_record(folder)["trajectories"]:
+            notes.append(f"{data} is one of the trajectories that openmm-bg train takes from {folder}: not held out.")
     positions, stride = read_frames(data, topology, limit, available)
     if stride > 1:
         notes.append(f"Every {stride}th frame of {data} was used, {len(positions)} frames.")

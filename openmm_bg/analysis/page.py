@@ -7,7 +7,7 @@ import contextlib
 import html
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from openmm_bg.errors import InputError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Paragraph", "Picture", "Section", "Table", "render_page", "write_page"]
+__all__ = ["Paragraph", "Picture", "Row", "Section", "Table", "render_page", "write_page"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,14 @@ class Picture:
     caption: str = ""
 
 
-Block = Paragraph | Table | Picture
+@dataclass(frozen=True)
+class Row:
+    """Pictures of half the page's width beside one another, and one below the other where the screen is narrow."""
+
+    pictures: Sequence[Picture]
+
+
+Block = Paragraph | Table | Picture | Row
 
 
 @dataclass(frozen=True)
@@ -92,9 +99,17 @@ tbody th { font-weight: 600; }
 figure { margin: 1.2rem 0; }
 figure img { display: block; width: 100%; height: auto; background: #ffffff; border-radius: 6px; }
 @media (prefers-color-scheme: dark) { figure img { padding: 0.5rem; } }
+.row { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 0 1.6rem; }
+/* Type in a wide picture would be too small on a phone: there it keeps its size and is moved sideways. */
+@media (max-width: 640px) { main { padding: 1.4rem 1rem 3rem; } .wide { overflow-x: auto; }
+  .wide img { width: 42rem; max-width: none; } .text-last tr > :last-child { min-width: 15rem; } }
 figcaption { color: var(--soft); font-size: 0.92rem; margin-top: 0.5rem; max-width: 50rem; }
 @media print { h2 { break-after: avoid; } figure, table { break-inside: avoid; } }
 """
+
+
+#: Inches; a wider picture is too wide for a phone.
+_WIDE = 6.0
 
 
 def _svg(figure: Figure) -> bytes:
@@ -116,7 +131,10 @@ def _block(block: Block) -> str:
     if isinstance(block, Picture):
         source = "data:image/svg+xml;base64," + base64.b64encode(_svg(block.figure)).decode("ascii")
         caption = f"<figcaption>{html.escape(block.caption)}</figcaption>" if block.caption else ""
-        return f'<figure><img alt="{html.escape(block.alt)}" src="{source}">{caption}</figure>'
+        wide = ' class="wide"' if block.figure.get_figwidth() > _WIDE else ""
+        return f'<figure><div{wide}><img alt="{html.escape(block.alt)}" src="{source}"></div>{caption}</figure>'
+    if isinstance(block, Row):
+        return '<div class="row">' + "\n".join(_block(picture) for picture in block.pictures) + "</div>"
     for row in block.rows:
         if len(row) != len(block.columns):
             raise InputError(f"A table of {len(block.columns)} columns has a row of {len(row)}: {list(row)}.")
@@ -136,7 +154,7 @@ def _block(block: Block) -> str:
 def render_page(
     title: str,
     lead: str | Sequence[str],
-    sections: Sequence[Section],
+    sections: Iterable[Section],
     highlights: Sequence[tuple[str, str]] = (),
     warnings: Sequence[str] = (),
 ) -> str:
@@ -171,7 +189,7 @@ def write_page(
     path: str | os.PathLike[str],
     title: str,
     lead: str | Sequence[str],
-    sections: Sequence[Section],
+    sections: Iterable[Section],
     highlights: Sequence[tuple[str, str]] = (),
     warnings: Sequence[str] = (),
 ) -> Path:
@@ -184,7 +202,7 @@ def write_page(
     title, lead
         Heading, and the paragraph(s) below it. This and all other text is escaped: markup shows as it is typed.
     sections
-        What follows, in order.
+        What follows, in order; an iterator is asked for one at a time.
     highlights
         (name, value) pairs shown large below the lead.
     warnings

@@ -229,7 +229,9 @@ def log_weight_histogram(targets: Mapping[str, ArrayLike], bins: int = 90) -> Fi
         figures = f"{name}: ESS {100 * effective_sample_size(log_w):.1f} %, k̂ = {pareto_khat(log_w):.2f}"
         curves.append((figures, finite - log_mean, log_w.size))
     if curves:
-        low = min(float(np.quantile(x, 0.002)) for _, x, _ in curves) - 1.0
+        # Weights of a hopeless flow spread over many powers of ten: the upper ones are what there is to see.
+        reach = [float(x.max()) - 4.0 * float(x.max() - np.median(x)) for _, x, _ in curves]
+        low = min(max(float(np.quantile(x, 0.002)), far) for (_, x, _), far in zip(curves, reach, strict=True)) - 1.0
         high = max(float(x.max()) for _, x, _ in curves) + 0.5
         edges = np.linspace(low, high, bins + 1)
         for (label, x, n), colour in zip(curves, (style.BLUE, style.ORANGE, *style.SPARE), strict=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from openmm_bg.analysis.distances import ANGSTROM
 from openmm_bg.analysis.superposition import rmsf
-from openmm_bg.analysis.torsions import dihedral_atoms, torsion
+from openmm_bg.analysis.torsions import Quadruple, dihedral_atoms, torsion
 from openmm_bg.errors import InputError
 
 FloatArray = NDArray[np.float64]
@@ -133,10 +134,50 @@ def distribution_distance(generated: FloatArray, data: FloatArray, seed: int = 0
     }
 
 
-def _angles(positions: ArrayLike, quadruples: list[Any], fold: bool = False) -> FloatArray:
-    """Torsions [n, k]; folded ones are turned twice as fast, so that a half turn is a full one."""
-    found = np.stack([torsion(positions, q) for q in quadruples], axis=1)
-    return np.angle(np.exp(2j * found)) if fold else found
+@dataclass(frozen=True)
+class ResidueTorsions:
+    """Torsions of one residue that are looked at together: (φ, ψ), or one χ.
+
+    ``residue`` is its label, ``number`` that of χ (0 for φ, ψ), ``atoms`` the quadruples [k]; with ``fold`` a half
+    turn exchanges equal atoms, and the torsion counts twice, so that it is a full one.
+    """
+
+    residue: str
+    number: int
+    atoms: tuple[Quadruple, ...]
+    fold: bool = False
+
+    def angles(self, positions: ArrayLike) -> FloatArray:
+        """[n, k] rad in [-π, π] of frames [n, N, 3]."""
+        found = np.stack([torsion(positions, q) for q in self.atoms], axis=1)
+        return np.angle(np.exp(2j * found)) if self.fold else found
+
+
+def ramachandran_torsions(topology: Any) -> list[ResidueTorsions]:
+    """(φ, ψ) of every residue that has both, in the order of the residues; by bonds, so that names do not matter."""
+    found, atoms = dihedral_atoms(topology), list(topology.atoms())
+    psi_of = {q[1]: q for q in found["psi"]}
+    return [
+        ResidueTorsions(residue_label(atoms[phi[2]].residue), 0, (phi, psi_of[phi[2]]))
+        for phi in found["phi"]
+        if phi[2] in psi_of
+    ]
+
+
+def chi_torsions(topology: Any) -> list[ResidueTorsions]:
+    """Each side chain torsion χ1 to χ5, residue by residue; by the usual atom names, as MDTraj has them."""
+    import mdtraj
+    from mdtraj.geometry import dihedral
+
+    atoms = list(topology.atoms())
+    ours = mdtraj.Topology.from_openmm(topology)
+    found: list[tuple[int, ResidueTorsions]] = []
+    for number in range(1, 6):
+        for a, b, c, d in getattr(dihedral, f"indices_chi{number}")(ours).tolist():
+            residue = atoms[b].residue
+            fold = (residue.name.strip(), number) in TWOFOLD
+            found.append((residue.index, ResidueTorsions(residue_label(residue), number, ((a, b, c, d),), fold)))
+    return [row for _, row in sorted(found, key=lambda pair: (pair[0], pair[1].number))]
 
 
 def ramachandran_distances(generated: ArrayLike, data: ArrayLike, topology: Any, seed: int = 0) -> list[dict[str, Any]]:
@@ -154,15 +195,10 @@ def ramachandran_distances(generated: ArrayLike, data: ArrayLike, topology: Any,
     list of dict
         ``residue`` and the values of `distribution_distance`; empty for a molecule without such residues.
     """
-    found, atoms = dihedral_atoms(topology), list(topology.atoms())
-    psi_of = {q[1]: q for q in found["psi"]}
-    rows = []
-    for phi in found["phi"]:
-        if phi[2] in psi_of:
-            both = [phi, psi_of[phi[2]]]
-            figures = distribution_distance(_angles(generated, both), _angles(data, both), seed)
-            rows.append({"residue": residue_label(atoms[phi[2]].residue), **figures})
-    return rows
+    return [
+        {"residue": t.residue, **distribution_distance(t.angles(generated), t.angles(data), seed)}
+        for t in ramachandran_torsions(topology)
+    ]
 
 
 def chi_distances(generated: ArrayLike, data: ArrayLike, topology: Any, seed: int = 0) -> list[dict[str, Any]]:
@@ -182,16 +218,7 @@ def chi_distances(generated: ArrayLike, data: ArrayLike, topology: Any, seed: in
     list of dict
         ``residue``, ``chi`` (1 to 5) and the values of `distribution_distance`; empty without amino acids.
     """
-    import mdtraj
-    from mdtraj.geometry import dihedral
-
-    atoms = list(topology.atoms())
-    ours = mdtraj.Topology.from_openmm(topology)
-    rows: list[tuple[int, dict[str, Any]]] = []
-    for number in range(1, 6):
-        for q in getattr(dihedral, f"indices_chi{number}")(ours).tolist():
-            residue = atoms[q[1]].residue
-            fold = (residue.name, number) in TWOFOLD
-            figures = distribution_distance(_angles(generated, [q], fold), _angles(data, [q], fold), seed)
-            rows.append((residue.index, {"residue": residue_label(residue), "chi": number, **figures}))
-    return [row for _, row in sorted(rows, key=lambda pair: (pair[0], pair[1]["chi"]))]
+    return [
+        {"residue": t.residue, "chi": t.number, **distribution_distance(t.angles(generated), t.angles(data), seed)}
+        for t in chi_torsions(topology)
+    ]

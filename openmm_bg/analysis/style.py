@@ -20,10 +20,12 @@ GREY = "#8a8a8a"
 #: Colours of the methods; any other name gets one of `SPARE`.
 METHOD_COLOURS = {"tempered MD": BLACK, "flow, raw": ORANGE, "flow, reweighted": BLUE, "weights": BLUE}
 METHOD_COLOURS |= {"MD + moves": GREEN}
+METHOD_COLOURS |= {"data": BLACK, "generated": BLUE, "generated, rigid": BLUE, "generated, completed": ORANGE}
 SPARE = (RED, PURPLE, GREY)
 
-#: Inches; on a page of 920 pixels one point is one and a third.
+#: Inches; on a page of 920 pixels one point is one and a third. Two of half the width stand beside one another.
 WIDTH = 9.6
+HALF = 4.7
 
 _RC: Any = {  # Any: matplotlib types the keys from 3.11 on only
     "font.family": "sans-serif",

@@ -1,10 +1,8 @@
 """`evaluate` as a whole: the shipped dipeptide against its own ensemble, a `reduced` flow, files, and wrong input."""
 
-import itertools
 import json
 import math
 import sys
-from importlib.resources import as_file, files
 
 import mdtraj
 import numpy as np
@@ -14,14 +12,15 @@ from click.testing import CliRunner
 
 import openmm_bg as bg
 from openmm_bg.analysis.density_figures import draw, frame_energies, held_out_nll, partial_move_acceptance
-from openmm_bg.analysis.evaluate import evaluate, evaluate_files
+from openmm_bg.analysis.evaluate import evaluate
 from openmm_bg.analysis.evaluation_input import check_frames, read_frames, read_held_out
+from openmm_bg.analysis.files import evaluate_files
 from openmm_bg.cli import main
 from openmm_bg.errors import ArtifactError, InputError
 from openmm_bg.moves import log_acceptance
 
 import openmm  # isort: skip
-from openmm import app, unit  # isort: skip
+from openmm import unit  # isort: skip
 
 ONE = {"platform": "Reference", "n_workers": 1, "progress": False}
 CONFIG = {
@@ -31,38 +30,11 @@ CONFIG = {
 }
 
 
-@pytest.fixture(scope="module")
-def dipeptide():
-    return bg.load_alanine_dipeptide()
-
-
 def sampler_at(dipeptide, temperature):
     reference = openmm.Platform.getPlatformByName("Reference")
     context = openmm.Context(dipeptide.system, openmm.VerletIntegrator(0.001), reference)
     context.setPositions(dipeptide.positions)
     return bg.BoltzmannGeneratorSampler(dipeptide.flow, context, temperature, seed=5, platform="Reference", n_workers=1)
-
-
-@pytest.fixture(scope="module")
-def sampler(dipeptide):
-    with sampler_at(dipeptide, 300.0) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def ensemble(sampler):
-    return sampler.sample(4000)
-
-
-@pytest.fixture(scope="module")
-def frames(ensemble):
-    """Independent frames [1200, 22, 3] of the Boltzmann distribution, as exact as the flow's weights."""
-    return ensemble.resample(1200, seed=1)
-
-
-@pytest.fixture(scope="module")
-def evaluated(dipeptide, frames):
-    return evaluate(dipeptide.flow, frames, frames[::2], n_samples=1200, batch=500, seed=3, **ONE)
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +117,7 @@ def test_a_good_flow_looks_like_its_ensemble(evaluated):
     for row in found["rmsf"]:
         assert abs(row["generated"] - row["data"]) < 0.2 * row["data"]
     assert found["chi"] is None and found["chirality"]["generated"] == 0.0
+    assert any("side chain torsion χ" in note for note in evaluated.notes)
     novelty = found["novelty"]
     assert novelty["reference"] == "training" and novelty["known"] == 600
     assert (np.sort(novelty["data"])[:90] < 0.01).all()  # every second held-out frame is a training frame here
@@ -220,25 +193,8 @@ def test_several_seeds(dipeptide, reduced, frames):
         evaluate([dipeptide.flow, reduced], frames[:50], **ONE)
 
 
-def test_a_molecule_without_amino_acids():
-    topology = app.Topology()
-    residue = topology.addResidue("BUT", topology.addChain())
-    carbons = [topology.addAtom(f"C{i}", app.element.carbon, residue) for i in range(5)]
-    for a, b in itertools.pairwise(carbons):
-        topology.addBond(a, b)
-    system = openmm.System()
-    bonds, angles = openmm.HarmonicBondForce(), openmm.HarmonicAngleForce()
-    for i in range(5):
-        system.addParticle(12.0)
-        if i > 0:
-            bonds.addBond(i - 1, i, 0.15, 2e5)
-        if i > 1:
-            angles.addAngle(i - 2, i - 1, i, 1.95, 500.0)
-    system.addForce(bonds)
-    system.addForce(angles)
-    zigzag = np.array([[0.125 * i, 0.083 * (i % 2), 0.0] for i in range(5)])
-    frames = zigzag + np.random.default_rng(0).normal(0, 0.003, (300, 5, 3))
-    flow = bg.train(system, topology, frames, 300.0, config=CONFIG, **ONE)
+def test_a_molecule_without_amino_acids(chain):
+    flow, frames = chain
     found = evaluate(flow, frames, n_samples=100, **ONE)
     for key in ("ramachandran", "chi", "chirality", "cis_amides"):
         assert found.figures[key] is None
@@ -251,37 +207,6 @@ def test_a_molecule_without_amino_acids():
 
 def save(path, frames, topology):
     mdtraj.Trajectory(frames, mdtraj.Topology.from_openmm(topology)).save(str(path))
-
-
-@pytest.fixture
-def shipped():
-    with as_file(files("openmm_bg.data") / "alanine_dipeptide.bg") as path:
-        yield path
-
-
-@pytest.fixture
-def folder(tmp_path, dipeptide, frames):
-    """As openmm-bg simulate leaves it: one replica of 50 frames, and test.dcd, killed after its checkpoint."""
-    path = tmp_path / "md"
-    path.mkdir()
-    (path / "system.xml").write_text(openmm.XmlSerializer.serialize(dipeptide.system))
-    with open(path / "topology.pdb", "w") as file:
-        app.PDBFile.writeFile(dipeptide.topology, dipeptide.positions * unit.nanometer, file, keepIds=True)
-    for name, rows, n in (("replica-0", frames[:50], 50), ("test", frames[50:110], 40)):
-        save(path / f"{name}.dcd", rows, dipeptide.topology)
-        record = {"frames": n, "dcd_bytes": 0, "csv_bytes": 0, "changed": 0, "state": ""}
-        (path / f"{name}.checkpoint.json").write_text(json.dumps(record))
-    record = {
-        "format": "openmm_bg simulation",
-        "version": 1,
-        "topology": "topology.pdb",
-        "protocol": {"temperature": 300.0},
-        "trajectories": ["replica-0", "test"],
-        "frames": 60,
-        "engine": {"platform": "Reference"},
-    }
-    (path / "simulation.json").write_text(json.dumps(record))
-    return path
 
 
 def test_the_command(shipped, folder, tmp_path, frames, dipeptide):

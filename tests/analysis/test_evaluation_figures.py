@@ -112,6 +112,19 @@ def test_delta_d_of_gaussians(n_data):
     assert narrow["ratio"] == pytest.approx(1 / math.sqrt(2), rel=0.1)  # too little spread shows as less than 1
 
 
+def test_delta_d_of_the_training_frames():
+    """Training frames a constant away from the data have that difference, whatever was generated."""
+    ours, theirs, known = (line(np.full(n, x)) for n, x in ((300, 0.10), (250, 0.10), (2100, 0.12)))
+    found = delta_d(ours, theirs, [0, 1, 2], training=known, batch=100)
+    assert found["training"] == pytest.approx(10 * 0.02 * 4 / 3) and found["training_sd"] == pytest.approx(
+        0.0, abs=1e-9
+    )
+    assert found["generated"] == pytest.approx(0.0, abs=1e-9) and found["batches"] == 3
+    few = delta_d(ours, theirs, [0, 1, 2], training=known[:7], batch=100)
+    assert few["training"] == pytest.approx(found["training"]) and math.isnan(few["training_sd"])
+    assert math.isnan(delta_d(ours, theirs, [0, 1, 2])["training"])
+
+
 def test_delta_d_ignores_rigid_motion_and_sees_the_right_atoms(dipeptide):
     rng = np.random.default_rng(0)
     frames = dipeptide.positions + rng.normal(0, 0.002, (300, 22, 3))
