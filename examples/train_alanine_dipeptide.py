@@ -45,7 +45,6 @@ def configuration(minutes: float, seed: int) -> TrainingConfig:
     """
     config = TrainingConfig.preset("cpu").model_dump()
     config["flow"] |= {"n_joint_blocks": 12, "hidden": 112, "n_hidden": 2}
-    config["matmul_precision"] = "medium"
     config["stages"][-1]["seconds"] = 60.0 * minutes
     coverage = Stage(
         name="coverage",
@@ -101,14 +100,13 @@ def main() -> None:
     kt = thermal_energy(TEMPERATURE)
     depth = kt * np.log(POPULATION / (1 - POPULATION) * (1 - share) / share)
     slight = replace(data.well, depth=float(depth))
-    log_weights = (data.well.energy(phi) - slight.energy(phi)) / kt
 
     flow = bg.train(
         data.system,
         data.topology,
         data.trajectory.positions,
         TEMPERATURE,
-        log_weights=log_weights,
+        log_weights=data.log_weights(slight),
         config=configuration(options.minutes, options.seed),
         directory=options.output,
         resume=True,

@@ -25,6 +25,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "n_hidden": 2,
         "linear": "affine",
     },
+    # The split at a size for CPUs, over the reduced coordinates of a protein: some thousand frames of MD fit no more.
+    "protein": {
+        "n_backbone_blocks": 8,
+        "n_joint_blocks": 4,
+        "conditioner": "gated",
+        "hidden": 16,
+        "n_hidden": 1,
+        "linear": "affine",
+    },
     # The paper's baseline: as many layers, no split, no attention.
     "nsf": {
         "split": False,
@@ -94,7 +103,7 @@ class FlowConfig(BaseModel):
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> FlowConfig:
-        """A named architecture ("paper", "cpu" or "nsf"), with single fields changed.
+        """A named architecture ("paper", "cpu", "protein" or "nsf"), with single fields changed.
 
         Raises
         ------

@@ -5,10 +5,12 @@ Dinh et al., "Density estimation using Real NVP" (2017), equations 7-8. Arrays a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from openmm_bg.flow.attention import AttentionConditioner
 from openmm_bg.flow.config import FlowConfig
@@ -44,6 +46,11 @@ class CouplingLayer(nn.Module):
         Affine rather than spline map of the linear features.
     config
         Conditioner, bins and bounds.
+
+    Notes
+    -----
+    `economical` can run the conditioner in bfloat16 while training. Its parameters, the splines and the
+    log-determinants keep their precision.
     """
 
     conditioning: Tensor
@@ -75,6 +82,7 @@ class CouplingLayer(nn.Module):
         self.n_splined = len(splined)
         self.n_affine = len(bent) - len(splined)
         self.max_log_scale = MAX_LOG_SCALE
+        self.low_precision = False
         self.spline = RationalQuadraticSpline([circular[i] for i in splined], config.n_bins, config.bound)
 
         groups = [(self.n_affine, 2), (self.n_splined, 3 * config.n_bins)]
@@ -119,7 +127,11 @@ class CouplingLayer(nn.Module):
         """Base → data: [F, B] to [F, B] and the log-determinant [B]."""
         given = x.index_select(0, self.conditioning)
         z = x.index_select(0, self.bent)
-        rows = self.conditioner(given).to(x.dtype)
+        if torch.jit.is_scripting():
+            rows = self.conditioner(given)
+        else:
+            rows = self._conditioned(given)
+        rows = rows.to(x.dtype)
         linear, spline_params, log_scale, offset = self._split(z, rows)
         log_det = log_scale.sum(0)
         parts = [given, linear * log_scale.exp() + offset]
@@ -134,7 +146,11 @@ class CouplingLayer(nn.Module):
         """Data → base: [F, B] to [F, B] and the log-determinant [B] of this direction."""
         given = y.index_select(0, self.conditioning)
         z = y.index_select(0, self.bent)
-        rows = self.conditioner(given).to(y.dtype)
+        if torch.jit.is_scripting():
+            rows = self.conditioner(given)
+        else:
+            rows = self._conditioned(given)
+        rows = rows.to(y.dtype)
         linear, spline_params, log_scale, offset = self._split(z, rows)
         log_det = -log_scale.sum(0)
         parts = [given, (linear - offset) * (-log_scale).exp()]
@@ -144,6 +160,13 @@ class CouplingLayer(nn.Module):
             parts.append(self._moved(z[self.n_affine :], before, after))
             log_det = log_det + log_det_spline
         return torch.cat(parts).index_select(0, self.order), log_det
+
+    def _conditioned(self, given: Tensor) -> Tensor:
+        """Rows of parameters, by a network in bfloat16 if that is wanted and this is training."""
+        if not (self.low_precision and self.training):
+            return self.conditioner(given)
+        with torch.autocast(given.device.type, torch.bfloat16, cache_enabled=False):
+            return self.conditioner(given)
 
     def _split(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Affine features, parameters of the spline [3K, F, B], log-scale and offset of the affine map."""
@@ -166,14 +189,22 @@ class CouplingLayer(nn.Module):
 
 
 class CouplingStack(nn.Module):
-    """Coupling layers in a row, listed from the data to the base."""
+    """Coupling layers in a row, listed from the data to the base.
+
+    With `economical` gradients need the input of each layer alone: what lies inside is computed once more in the
+    backward pass, with the same dropout.
+    """
 
     def __init__(self, blocks: list[CouplingLayer]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
+        self.recompute = False
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Base → data: [F, B] to [F, B] and the log-determinant [B]."""
+        if not torch.jit.is_scripting():
+            if self.recompute and torch.is_grad_enabled():
+                return self._recomputed([block.forward for block in reversed(self.blocks)], z)
         log_det = torch.zeros([z.shape[1]], dtype=z.dtype, device=z.device)
         for block in self.blocks[::-1]:
             z, change = block.forward(z)  # not block(z): scripted slices yield no callables
@@ -182,11 +213,48 @@ class CouplingStack(nn.Module):
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Data → base: [F, B] to [F, B] and the log-determinant [B] of this direction."""
+        if not torch.jit.is_scripting():
+            if self.recompute and torch.is_grad_enabled():
+                return self._recomputed([block.inverse for block in self.blocks], y)
         log_det = torch.zeros([y.shape[1]], dtype=y.dtype, device=y.device)
         for block in self.blocks:
             y, change = block.inverse(y)  # type: ignore[operator]
             log_det = log_det + change
         return y, log_det
+
+    def _recomputed(self, passes: list, x: Tensor) -> tuple[Tensor, Tensor]:
+        log_det = torch.zeros([x.shape[1]], dtype=x.dtype, device=x.device)
+        for one in passes:
+            x, change = checkpoint(one, x, use_reentrant=False)
+            log_det = log_det + change
+        return x, log_det
+
+
+@contextmanager
+def economical(flow: nn.Module, *, recompute: bool, bfloat16: bool) -> Iterator[None]:
+    """Train `flow` with less memory or less time inside; afterwards it computes as before.
+
+    Parameters
+    ----------
+    recompute
+        Gradient checkpointing: each coupling layer is passed a second time in the backward pass, instead of keeping
+        what is inside it. Gradients are the same.
+    bfloat16
+        Conditioners compute in bfloat16 while the flow is in training mode, and only then: not in samples and weights.
+    """
+    stacks = [module for module in flow.modules() if isinstance(module, CouplingStack)]
+    layers = [module for module in flow.modules() if isinstance(module, CouplingLayer)]
+    try:
+        for stack in stacks:
+            stack.recompute = recompute
+        for layer in layers:
+            layer.low_precision = bfloat16
+        yield
+    finally:
+        for stack in stacks:
+            stack.recompute = False
+        for layer in layers:
+            layer.low_precision = False
 
 
 def alternating_masks(n_features: int, n_blocks: int, generator: torch.Generator) -> list[list[bool]]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from openmm_bg.training.losses import Regulariser, evaluate_target, evaluation_mode
+
+# Largest log-weight above the median that enters log Z: beyond it one sample would move the estimate.
+_LARGEST = 6.0
 
 
 class BufferBatch(NamedTuple):
@@ -34,14 +38,24 @@ class ResampledBuffer:
         Draws that are kept.
     gradients
         Also keep ∇_y log π of the regularised target, for the path gradient.
+
+    Attributes
+    ----------
+    median
+        Of the log-weights that are kept.
+    log_z
+        Logarithm of the mean weight of all samples drawn, those without a finite energy included as zeros; weights
+        beyond e⁶ times the median count as that.
     """
 
     def __init__(self, n_batches: int, *, gradients: bool = False) -> None:
         self.n_batches = n_batches
         self.gradients = gradients
         self._batches: list[dict[str, Tensor]] = []
+        self._drawn: list[int] = []  # samples of each draw, those that were not kept included
         self._joined: dict[str, Tensor] = {}
         self.median = 0.0
+        self.log_z = 0.0
         self.ess = float("nan")
 
     def __len__(self) -> int:
@@ -49,7 +63,7 @@ class ResampledBuffer:
 
     def clear(self, *, gradients: bool | None = None) -> None:
         """Forget all samples."""
-        self._batches = []
+        self._batches, self._drawn = [], []
         self.gradients = self.gradients if gradients is None else gradients
         self._join()
         self.ess = float("nan")
@@ -88,6 +102,7 @@ class ResampledBuffer:
             w = torch.exp(kept - kept.max())
             self.ess = float(w.sum().square() / w.square().sum() / s.shape[0])
             self._batches = [*self._batches, batch][-self.n_batches :]
+            self._drawn = [*self._drawn, s.shape[0]][-self.n_batches :]
             self._join()
         else:
             self.ess = 0.0
@@ -96,7 +111,14 @@ class ResampledBuffer:
     def _join(self) -> None:
         names = self._batches[0].keys() if self._batches else []
         self._joined = {name: torch.cat([batch[name] for batch in self._batches]) for name in names}
-        self.median = float(self._joined["log_w"].median()) if self._joined else 0.0
+        if not self._joined:
+            self.median = self.log_z = 0.0
+            return
+        log_w = self._joined["log_w"]
+        self.median = float(log_w.median())
+        # The mean over all that were drawn: a sample that was not kept has the weight zero.
+        total = torch.logsumexp(log_w.clamp(max=self.median + _LARGEST), dim=0)
+        self.log_z = float(total) - math.log(sum(self._drawn))
 
     def draw(self, n: int, generator: torch.Generator) -> BufferBatch:
         """n samples, each kept one equally likely, with replacement; the buffer must not be empty."""
@@ -109,12 +131,19 @@ class ResampledBuffer:
         """Tensors of every draw, and the plain figures."""
         tensors = {f"{k}.{name}": value for k, batch in enumerate(self._batches) for name, value in batch.items()}
         ess = None if self.ess != self.ess else self.ess
-        return {"tensors": tensors, "n": len(self._batches), "gradients": self.gradients, "ess": ess}
+        return {
+            "tensors": tensors,
+            "n": len(self._batches),
+            "drawn": self._drawn,
+            "gradients": self.gradients,
+            "ess": ess,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
         self.gradients = bool(state["gradients"])
         names = ["y", "s", "log_w", "log_density"] + (["gradient"] if self.gradients else [])
         self._batches = [{name: state["tensors"][f"{k}.{name}"] for name in names} for k in range(state["n"])]
+        self._drawn = list(state["drawn"])
         self._join()
         self.ess = float("nan") if state["ess"] is None else float(state["ess"])

@@ -90,6 +90,9 @@ class Stage(_Strict):
         ``final_fraction * learning_rate`` at the end of the stage.
     keep_best
         Restore, at the end of the stage, the weights of its lowest validation NLL.
+    sample_batch
+        Samples per step of the `kl`, `path` and `w2` losses in this stage; None: as the configuration has it.
+        Energies cost, and the W2 of few samples is biased: the stages want different numbers.
     path_samples
         Where the samples of the `path` loss come from: "data" (forward KL, MD frames), "flow" (reverse KL,
         fresh samples) or "buffer" (reweighted samples of the buffer, towards the forward KL).
@@ -105,6 +108,7 @@ class Stage(_Strict):
     final_fraction: float = Field(default=0.01, ge=0.0, le=1.0)
     warmup_steps: int = Field(default=100, ge=0)
     keep_best: bool = False
+    sample_batch: int | None = Field(default=None, ge=2)
     path_samples: Literal["data", "flow", "buffer"] = "data"
 
     @model_validator(mode="after")
@@ -163,9 +167,13 @@ class TrainingConfig(_Strict):
         MD frames per step of the `w2` loss; large, for finite batches bias the fit to a small spread.
     precision
         Of the coordinates in training; energies are always summed in float64.
-    matmul_precision
-        Of products of float32 matrices in training, as in `torch.set_float32_matmul_precision`: "medium" is several
-        times faster where the processor has bfloat16. Samples, weights and moves never use it.
+    network_precision
+        Of the networks inside the flow while it trains. "bfloat16" allows that precision to their products on a CPU
+        (torch's "medium") and to whole networks on a GPU; splines, log-determinants and base densities keep
+        `precision`, and samples, weights and moves know nothing of it.
+    gradient_checkpointing
+        Keep the inputs of the coupling layers alone and pass each a second time in the backward pass: the same
+        gradients from a fraction of the memory, for the time of one more forward pass.
     optimizer, weight_decay, gradient_clip
         Adam or AdamW (decoupled decay), and the largest norm of a gradient (None: not clipped).
     ema_decay
@@ -175,7 +183,7 @@ class TrainingConfig(_Strict):
         "loss" draws evenly and weights the loss.
     energy_cut, energy_maximum
         Reduced energies of the `kl` and `path` losses, counted from the median of the data, are linear up
-        to the cut, logarithmic above it, constant above the maximum (kT).
+        to the cut, logarithmic above it (an e-fold counts as much as the cut), constant above the maximum (kT).
     validation_fraction, validation_blocks, validation_frames, validate_every
         Share of the frames held out, in how many blocks of time the trajectory is cut for that, the largest
         number of them evaluated, and the steps between evaluations.
@@ -190,14 +198,15 @@ class TrainingConfig(_Strict):
     sample_batch: int = Field(default=256, ge=2)
     w2_data_batch: int = Field(default=1024, ge=2)
     precision: Literal["float32", "float64"] = "float32"
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    network_precision: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
     optimizer: Literal["adam", "adamw"] = "adam"
     weight_decay: float = Field(default=0.0, ge=0.0)
     gradient_clip: float | None = Field(default=5.0, gt=0.0)
     ema_decay: float = Field(default=0.999, ge=0.0, lt=1.0)
     weighting: Literal["resample", "loss"] = "resample"
     energy_cut: float = Field(default=100.0, gt=0.0)
-    energy_maximum: float = Field(default=1e6, gt=0.0)
+    energy_maximum: float = Field(default=1e20, gt=0.0)
     validation_fraction: float = Field(default=0.1, ge=0.0, lt=1.0)
     validation_blocks: int = Field(default=20, ge=2)
     validation_frames: int = Field(default=4096, ge=1)
@@ -260,26 +269,56 @@ class TrainingConfig(_Strict):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     @classmethod
-    def preset(cls, name: Literal["cpu", "paper"] = "cpu") -> TrainingConfig:
+    def preset(cls, name: Literal["cpu", "protein", "paper"] = "cpu") -> TrainingConfig:
         """Ready configurations.
 
         "cpu": a dipeptide in minutes on two cores: NLL until the validation turns, then the variance of
-        log π - log q over fresh samples and MD frames. "paper": the four stages of Kim et al., arXiv 2401.04246
-        (200, 50, 20 and 10 epochs, the weight of W2 falling and that of the energies rising), followed by the
-        resampled buffer. The weights λ are ours.
+        log π - log q over fresh samples and MD frames. "protein": the four stages of the paper at a size for CPUs, an
+        hour over the `reduced` coordinates of some thousand frames. "paper": the four stages of Kim et al., arXiv
+        2401.04246 (200, 50, 20 and 10 epochs, the weight of W2 falling and that of the energies rising), followed by
+        the resampled buffer. The weights λ are ours.
         """
         if name == "cpu":
             return cls(
                 batch_size=512,
                 ema_decay=0.998,
-                buffer=BufferConfig(fresh_share=0.75, draw_size=3072, draw_every=8, n_batches=2),
+                network_precision="bfloat16",
+                buffer=BufferConfig(fresh_share=0.75, draw_size=3072, draw_every=8, n_batches=16),
                 flow=FlowConfig.preset("cpu"),
                 stages=[
                     Stage(
-                        name="nll", losses=LossWeights(nll=1.0), epochs=8, seconds=60.0, learning_rate=2e-3,
+                        name="nll", losses=LossWeights(nll=1.0), epochs=4, seconds=60.0, learning_rate=2e-3,
                         keep_best=True,
                     ),
-                    Stage(name="variance", losses=LossWeights(variance=1.0), seconds=240.0, learning_rate=1e-3),
+                    Stage(name="variance", losses=LossWeights(variance=1.0), seconds=300.0, learning_rate=1e-3),
+                ],
+            )  # fmt: skip
+        if name == "protein":
+            # W2 counts nm² summed over thousands of pairs of atoms, KL kT and NLL nats of the whole molecule.
+            return cls(
+                batch_size=64,
+                w2_data_batch=512,
+                ema_decay=0.99,
+                energy_cut=300.0,
+                validate_every=50,
+                flow=FlowConfig.preset("protein"),
+                stages=[
+                    Stage(
+                        name="nll", losses=LossWeights(nll=1.0), seconds=720.0, learning_rate=1e-3,
+                        schedule="constant", keep_best=True,
+                    ),
+                    Stage(
+                        name="nll+w2", losses=LossWeights(nll=1.0, w2=1.0), seconds=1080.0, learning_rate=1e-3,
+                        sample_batch=64,
+                    ),
+                    Stage(
+                        name="nll+w2+kl", losses=LossWeights(nll=1.0, w2=0.5, kl=0.002), seconds=1260.0,
+                        learning_rate=1e-3, sample_batch=32,
+                    ),
+                    Stage(
+                        name="nll+kl", losses=LossWeights(nll=1.0, kl=0.003), seconds=540.0, learning_rate=3e-4,
+                        sample_batch=16,
+                    ),
                 ],
             )  # fmt: skip
         if name == "paper":
@@ -297,4 +336,4 @@ class TrainingConfig(_Strict):
                     Stage(name="buffer", losses=LossWeights(buffer=1.0), epochs=10, learning_rate=2e-4),
                 ],
             )  # fmt: skip
-        raise InputError(f"There is no training preset {name!r}, use 'cpu' or 'paper'.")
+        raise InputError(f"There is no training preset {name!r}, use 'cpu', 'protein' or 'paper'.")

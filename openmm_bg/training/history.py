@@ -104,7 +104,7 @@ def read_losses(path: Path) -> list[dict[str, Any]]:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             return [_parse(row) for row in csv.DictReader(file)]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:  # None where a row is cut off
         raise CheckpointError(f"{path} is not a readable loss curve ({error}).") from error
 
 

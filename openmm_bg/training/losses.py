@@ -93,12 +93,17 @@ class VarianceResult(NamedTuple):
     residual: Tensor
 
 
-def log_variance(density: Any, y: Tensor, log_density: Tensor, clip: float = 2.0) -> VarianceResult:
-    """Variance of log π - log q over samples of *any* origin (Richter et al., VarGrad, NeurIPS 2020).
+def log_variance(density: Any, y: Tensor, log_density: Tensor, log_z: float, clip: float = 2.0) -> VarianceResult:
+    """Mean square of log(π / Z q) over samples of *any* origin: the variance of log π - log q once Z is right.
 
-    A regression of log q on log π up to a constant. It has its minimum at q = π whatever distribution y has (with
-    support there), needs no forces, and its gradient vanishes sample by sample at the optimum, where that of a
-    likelihood keeps the noise of finite batches. Residuals are clipped: a steric clash must not own a batch.
+    A regression of log q on log π (VarGrad: Richter et al., NeurIPS 2020; with a given Z the moment loss of Nüsken and
+    Richter, arXiv 2005.05409). It has its minimum at q = π whatever distribution y has (with support there), needs no
+    forces, and its gradient vanishes sample by sample at the optimum, where that of a likelihood keeps the noise of
+    finite batches. Residuals are clipped: a steric clash must not own a batch.
+
+    Z is not the mean over the batch. Where π vanishes, log π - log q has no value, and a flow that lost a tenth of its
+    mass to such places has the same residual, log 10/9, everywhere else: subtract the mean and nothing brings the mass
+    back. The right Z leaves that residual in the gradient.
 
     Parameters
     ----------
@@ -106,8 +111,10 @@ def log_variance(density: Any, y: Tensor, log_density: Tensor, clip: float = 2.0
         [B, D] samples, from the flow, MD, or both.
     log_density
         [B] finite log π(y, s) up to a constant, s the same for all samples.
+    log_z
+        Logarithm of the mean importance weight over *all* samples drawn, those with π = 0 included.
     clip
-        Residuals, counted from their clipped mean, lie within ±clip (kT).
+        Residuals lie within ±clip (kT).
 
     Returns
     -------
@@ -115,9 +122,7 @@ def log_variance(density: Any, y: Tensor, log_density: Tensor, clip: float = 2.0
         ``loss`` is the surrogate ``-mean(r log q)`` with r held fixed, half the gradient of mean(r²).
     """
     log_q = density.log_prob(y)
-    residual = log_density.double() - log_q.detach().double()
-    residual = residual - residual.median()
-    residual = (residual - residual.clamp(-clip, clip).mean()).clamp(-clip, clip).to(log_q.dtype)
+    residual = (log_density.double() - log_q.detach().double() - log_z).clamp(-clip, clip).to(log_q.dtype)
     return VarianceResult(-(residual * log_q).mean(), residual.square().mean())
 
 

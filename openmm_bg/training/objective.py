@@ -14,6 +14,15 @@ from openmm_bg.training import losses
 from openmm_bg.training.buffer import ResampledBuffer
 from openmm_bg.training.config import ENERGY_LOSSES, Stage, TrainingConfig
 from openmm_bg.training.dataset import Dataset, MinibatchSampler, cumulative_weights, draw_indices, spread
+from openmm_bg.training.parallel import Ranks
+from openmm_bg.training.sharing import (
+    SharedDensity,
+    SharedTarget,
+    share_coordinates,
+    share_density,
+    share_target,
+)
+from openmm_bg.training.threads import product_precision
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +45,8 @@ class Objective:
         Object with ``log_density(y, s)``, needed by the losses `kl`, `buffer` and `path`.
     coordinates
         Object with ``to_positions(y, s)``, needed by `w2`; so are the indices `backbone_atoms`.
+    ranks
+        The processes that share the work. Everything here is that of the joint batch, in each of them.
 
     Attributes
     ----------
@@ -53,10 +64,13 @@ class Objective:
         target: Any = None,
         coordinates: Any = None,
         backbone_atoms: Any = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.density, self.sampling_density = density, sampling_density
+        ranks = ranks or Ranks()
+        self.density = share_density(density, ranks, config.seed)
+        self.sampling_density = share_density(sampling_density, ranks, config.seed)
         self.data, self.config = data, config
-        self.target, self.coordinates = target, coordinates
+        self.target, self.coordinates = share_target(target, ranks), share_coordinates(coordinates, ranks)
         self._require(config, backbone_atoms)
         self.device = data.y.device
         self.dtype = torch.float32 if config.precision == "float32" else torch.float64
@@ -132,7 +146,8 @@ class Objective:
     @property
     def n_energies(self) -> int:
         """Energies evaluated for this run, those of earlier processes included; 0 for a target that does not count."""
-        return self._energies_before + int(getattr(getattr(self.target, "pool", None), "n_energies", 0))
+        counter = self.target if isinstance(self.target, SharedTarget) else getattr(self.target, "pool", None)
+        return self._energies_before + int(getattr(counter, "n_energies", 0))
 
     def begin_stage(self, stage: Stage) -> None:
         """Forget the samples of an earlier stage; their proposal is far away by now."""
@@ -145,6 +160,11 @@ class Objective:
             )
         gradients = stage.losses.path > 0.0 and stage.path_samples == "buffer"
         self.buffer.clear(gradients=gradients)
+
+    def begin_step(self, step: int) -> None:
+        """Tell the step, counted over all stages."""
+        if isinstance(self.density, SharedDensity):
+            self.density.begin_step(step)
 
     def draw_s(self, n: int) -> Tensor:
         """[n, S] float64: the constant s if all frames share it, else s of frames drawn by weight."""
@@ -183,7 +203,7 @@ class Objective:
         if "buffer" in active:
             terms["buffer"] = self._buffer_term()
         if "w2" in active or "kl" in active:
-            self._sampled_terms(active, terms, figures)
+            self._sampled_terms(stage, terms, figures)
         if "path" in active:
             terms["path"] = self._path_term(stage, figures)
         if "variance" in active:
@@ -193,10 +213,11 @@ class Objective:
     def _refill(self, step: int, figures: dict[str, Any]) -> None:
         config = self.config.buffer
         if step % config.draw_every == 0 or len(self.buffer) == 0:
-            figures["ess"], dropped = self.buffer.refill(
-                self.sampling_density, self.target, self.draw_s(config.draw_size),
-                regulariser=self._regulariser, reference=self.reference or 0.0,
-            )  # fmt: skip
+            with product_precision("float32"):  # these samples get weights
+                figures["ess"], dropped = self.buffer.refill(
+                    self.sampling_density, self.target, self.draw_s(config.draw_size),
+                    regulariser=self._regulariser, reference=self.reference or 0.0,
+                )  # fmt: skip
             figures["dropped"] += dropped
 
     def _buffer_term(self) -> Tensor:
@@ -215,9 +236,12 @@ class Objective:
             y, w = torch.cat([y, y_data]), torch.cat([w, w_data.to(w.dtype)])
         return losses.nll(self.density, y, w)
 
-    def _sampled_terms(self, active: dict[str, float], terms: dict[str, Tensor], figures: dict[str, Any]) -> None:
+    def _n_samples(self, stage: Stage) -> int:
+        return self.config.sample_batch if stage.sample_batch is None else stage.sample_batch
+
+    def _sampled_terms(self, stage: Stage, terms: dict[str, Tensor], figures: dict[str, Any]) -> None:
         """`kl` and `w2` from one batch of samples: the pass through the flow is what costs."""
-        n = self.config.sample_batch
+        n, active = self._n_samples(stage), stage.losses.active()
         z = self.density.sample_base(n).to(device=self.device, dtype=self.dtype)
         y, logdet = self.density(z)
         s = self.draw_s(n)
@@ -258,20 +282,20 @@ class Objective:
                 return self._distances(self.data.positions[index])
             return self._distances(self.coordinates.to_positions(self.y[index], self.data.s[index].to(self.dtype)))
 
-    def w2_baseline(self, repeats: int = 4) -> float:
-        """W2 of data against data at the batch sizes of training (nm²): what a perfect flow would get."""
+    def w2_baseline(self, stage: Stage, repeats: int = 4) -> float:
+        """W2 of data against data at the batch sizes of the stage (nm²): what a perfect flow would get."""
         generator = torch.Generator().manual_seed(self.config.seed + 3)
         total = 0.0
         for _ in range(repeats):
             a, b = (
                 draw_indices(len(self.data), n, generator, self._cumulative).to(self.device)
-                for n in (self.config.sample_batch, self.config.w2_data_batch)
+                for n in (self._n_samples(stage), self.config.w2_data_batch)
             )
             total += float(losses.w2_distance(self._data_distances(a), self._data_distances(b)))
         return total / repeats
 
     def _path_term(self, stage: Stage, figures: dict[str, Any]) -> Tensor:
-        n = self.config.sample_batch
+        n = self._n_samples(stage)
         log_w: Tensor | None = None
         if stage.path_samples == "buffer":
             if len(self.buffer) == 0:
@@ -286,7 +310,7 @@ class Objective:
                 y64, s = self.data.y[index], self.data.s[index]
                 log_w = None if weights is None else weights.log()
             else:
-                with losses.evaluation_mode(self.density), torch.no_grad():
+                with product_precision("float32"), losses.evaluation_mode(self.density), torch.no_grad():
                     y64, log_q = self.density.sample(n)
                 s = self.draw_s(n)
                 y64, y = y64.double(), y64.to(self.dtype)
@@ -315,7 +339,9 @@ class Objective:
         log_density = torch.cat([fresh.log_density, self._data_log_density[index]])
         sound = torch.cat([fresh.log_w > self.buffer.median - _CLASH, torch.isfinite(self._data_log_density[index])])
         figures["dropped"] += int((~sound).sum())
-        result = losses.log_variance(self.density, y[sound].to(self.dtype), log_density[sound], config.clip)
+        result = losses.log_variance(
+            self.density, y[sound].to(self.dtype), log_density[sound], self.buffer.log_z, config.clip
+        )
         figures["variance"] = result.residual
         return result.loss
 
@@ -329,7 +355,7 @@ class Objective:
         }
         meta = {
             "sampler_position": sampler["position"],
-            "buffer": {name: buffer[name] for name in ("n", "gradients", "ess")},
+            "buffer": {name: buffer[name] for name in ("n", "drawn", "gradients", "ess")},
             "reference": self.reference,
             "n_energies": self.n_energies,
         }

@@ -7,6 +7,9 @@ import hashlib
 import logging
 import os
 import platform as machine
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +28,8 @@ from openmm_bg.flow.completion import Completion
 from openmm_bg.training.completion import fit_completion, free_columns
 from openmm_bg.training.config import TrainingConfig
 from openmm_bg.training.dataset import Dataset
+from openmm_bg.training.parallel import Ranks, joined
+from openmm_bg.training.sharing import share_density
 from openmm_bg.training.threads import fastest_threads
 from openmm_bg.training.trainer import Trainer
 from openmm_bg.weights import effective_sample_size
@@ -38,8 +43,10 @@ LARGEST_RADIUS = 0.15
 STRETCH = 1.4
 #: Atoms closer than this many times the sum are bonded, whatever the topology says.
 CONTACT = 1.2
-#: Flow samples whose weights go into the training record.
+#: Flow samples whose weights go into the training record: at most so many, or as many as there is time for (s).
 RECORD_SAMPLES = 10_000
+RECORD_SECONDS = 120.0
+RECORD_BATCH = 500
 
 
 def train(
@@ -55,9 +62,13 @@ def train(
     resume: bool = False,
     platform: str | None = None,
     n_workers: int | None = None,
+    device: str | None = None,
     progress: bool = True,
 ) -> Flow:
     """Train a flow on a little MD and on the force field itself.
+
+    Started by `torchrun`, all processes train the same flow and share every batch and its energies; the main one writes
+    files and shows progress.
 
     Parameters
     ----------
@@ -82,7 +93,9 @@ def train(
     resume
         Continue from the checkpoint in ``directory``.
     platform, n_workers
-        Of the Contexts that evaluate energies; None chooses by timing.
+        Of the Contexts that evaluate energies, in each process; None chooses by timing.
+    device
+        Where the flow is trained, "cpu" (the default) or "cuda".
     progress
         Show progress bars.
 
@@ -97,7 +110,34 @@ def train(
         Anything about System, Topology, trajectory or configuration that cannot work, before any training.
     TrainingInterrupted
         Ctrl-C; run again with ``resume=True``.
+    RankLost
+        Another process of a training by several failed.
     """
+    where = _device(device)
+    with joined(where) as ranks:
+        return _train(
+            system, topology, trajectory, temperature, log_weights, representation, config, directory, resume, platform,
+            n_workers, where, progress, ranks,
+        )  # fmt: skip
+
+
+def _train(
+    system: openmm.System,
+    topology: Any,
+    trajectory: Any,
+    temperature: Any,
+    log_weights: Any,
+    representation: Literal["full", "reduced"],
+    config: TrainingConfig | dict[str, Any] | str | Path,
+    directory: str | os.PathLike[str] | None,
+    resume: bool,
+    platform: str | None,
+    n_workers: int | None,
+    device: torch.device,
+    progress: bool,
+    ranks: Ranks,
+) -> Flow:
+    """`train` as one of the processes."""
     if isinstance(config, str) and config in ("cpu", "paper"):
         config = TrainingConfig.preset(config)  # type: ignore[arg-type]
     config = TrainingConfig.load(config)
@@ -119,9 +159,9 @@ def train(
     dataset = make_dataset(coordinates, positions, log_w, keep_positions=any(s.losses.w2 for s in config.stages))
     context = make_context(system, *_platform(platform))
     context.setPositions(positions[0].astype(np.float64))
-    density = build_flow(coordinates.layout, config.flow, seed=config.seed)
-    with ContextPool(context, platform=platform, n_workers=n_workers) as pool:
-        target = Target(coordinates, pool, kelvin)
+    density = build_flow(coordinates.layout, config.flow, seed=config.seed).to(device)
+    with _common_pool(context, platform, n_workers, ranks) as pool:
+        target = Target(coordinates.to(device), pool, kelvin)
         trainer = Trainer(
             density,
             dataset,
@@ -131,12 +171,15 @@ def train(
             directory=directory,
             progress=progress,
             identity=_identity(system, kelvin),
+            ranks=ranks,
         )
-        sample = dataset.y[: config.batch_size].float()
+        sample = dataset.y[: -(-config.batch_size // ranks.size)].float().to(device)
         with fastest_threads(lambda: _trial_step(density, sample)):
             trainer.run(resume=resume)
+            for module in (density, coordinates):
+                module.to("cpu")
             completion, fitted = _complete(coordinates, topology, dataset, config)
-        record = _training_record(trainer, density, target, coordinates, len(positions), completion)
+        record = _training_record(trainer, density, coordinates, len(positions), completion)
     if fitted:
         record["completion"] = fitted
     metadata = {
@@ -148,7 +191,8 @@ def train(
     }
     flow = Flow(density, coordinates, metadata, completion)
     if directory is not None:
-        flow.save(Path(directory) / "flow.bg")
+        path = Path(directory) / "flow.bg"
+        ranks.from_main(lambda: flow.save(path))
     return flow
 
 
@@ -323,6 +367,53 @@ def _trial_step(density: torch.nn.Module, y: torch.Tensor) -> None:
     density.zero_grad(set_to_none=True)
 
 
+def _device(name: str | None) -> torch.device:
+    """The device asked for, of this process's own number where several train."""
+    try:
+        found = torch.device("cpu" if name is None else name)
+    except RuntimeError:
+        raise InputError(f"There is no device {name!r}: train on 'cpu' or 'cuda'.") from None
+    if found.type not in ("cpu", "cuda"):
+        raise InputError(f"The flow cannot be trained on the device {name!r}: use 'cpu' or 'cuda'.")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"Torch has no GPU here for the device {name!r}: use 'cpu', or install torch with CUDA.")
+    return found
+
+
+@contextmanager
+def _common_pool(
+    context: openmm.Context, platform: str | None, n_workers: int | None, ranks: Ranks
+) -> Iterator[ContextPool]:
+    """Contexts for energies, on the main process's platform everywhere: one energy function for all.
+
+    All time their choices at once, and so see the machine as it will be. Processes that train on a GPU each have their
+    Contexts on the same one.
+    """
+    with ExitStack() as stack:
+        if ranks.size > 1 and torch.cuda.is_available():
+            stack.enter_context(_contexts_on_gpu(torch.cuda.current_device()))
+        pool = stack.enter_context(ContextPool(context, platform=platform, n_workers=n_workers))
+        chosen, workers = ranks.from_main(lambda: (pool.platform, pool.n_workers))
+        if pool.platform != chosen:
+            pool = stack.enter_context(ContextPool(context, platform=chosen, n_workers=n_workers or workers))
+        yield pool
+
+
+@contextmanager
+def _contexts_on_gpu(index: int) -> Iterator[None]:
+    """New Contexts of OpenMM's GPU platforms lie on this GPU unless they say otherwise."""
+    platforms = [openmm.Platform.getPlatform(i) for i in range(openmm.Platform.getNumPlatforms())]
+    found = [p for p in platforms if "DeviceIndex" in p.getPropertyNames()]
+    before = [p.getPropertyDefaultValue("DeviceIndex") for p in found]
+    try:
+        for p in found:
+            p.setPropertyDefaultValue("DeviceIndex", str(index))
+        yield
+    finally:
+        for p, value in zip(found, before, strict=True):
+            p.setPropertyDefaultValue("DeviceIndex", value)
+
+
 def _platform(name: str | None) -> tuple[openmm.Platform, ...]:
     if name is None:
         # Only a holder of positions and parameters; the pool times every platform for the real work.
@@ -346,19 +437,21 @@ def _complete(
 def _training_record(
     trainer: Trainer,
     density: torch.nn.Module,
-    target: Target,
     coordinates: CoordinateMap,
     n_frames: int,
     completion: Completion | None,
 ) -> dict[str, Any]:
     """What the artifact remembers of its making; of a flow with a completion the ESS of formula C, too."""
     n_energies = trainer.objective.n_energies  # before those of the record itself
-    log_w, log_w_completed = [], []
+    shared, target = share_density(density, trainer.ranks, trainer.config.seed), trainer.objective.target
+    log_w: list[torch.Tensor] = []
+    log_w_completed: list[torch.Tensor] = []
     columns = free_columns(coordinates)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(trainer.config.seed + 1)
-        for _ in range(0, RECORD_SAMPLES, 2000):
-            y, log_q = (part.cpu() for part in density.sample(2000))  # type: ignore[operator]
+        begin = time.perf_counter()
+        while len(log_w) * RECORD_BATCH < RECORD_SAMPLES:
+            y, log_q = shared.sample(min(RECORD_BATCH, RECORD_SAMPLES))
             s = coordinates.reference_fixed.repeat(len(y), 1)
             value = target.log_density(y, s) - log_q
             log_w.append(value.nan_to_num(nan=-torch.inf, posinf=-torch.inf))
@@ -366,10 +459,13 @@ def _training_record(
                 s[:, columns], log_g = completion.sample(y)
                 value = target.log_density(y, s) - log_q - log_g
                 log_w_completed.append(value.nan_to_num(nan=-torch.inf, posinf=-torch.inf))
+            if trainer.ranks.agree([time.perf_counter() - begin])[0] > RECORD_SECONDS:
+                break
+    n_samples = sum(map(len, log_w))
     ess = effective_sample_size(torch.cat(log_w).numpy())
     what = " at fixed s" if completion is not None else ""
-    logger.info("Effective sample size of %d samples%s: %.1f %%.", RECORD_SAMPLES, what, 100 * ess)
-    figures = {"reverse_ess": ess}  # on the System trained for
+    logger.info("Effective sample size of %d samples%s: %.1f %%.", n_samples, what, 100 * ess)
+    figures = {"reverse_ess": ess, "reverse_ess_samples": n_samples}  # on the System trained for
     if completion is not None:
         figures["completed_ess"] = effective_sample_size(torch.cat(log_w_completed).numpy())
         logger.info("With the completion (exact weights): %.2g %%.", 100 * figures["completed_ess"])

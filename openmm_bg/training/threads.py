@@ -58,10 +58,15 @@ def _fastest_of(work: Callable[[], object]) -> float:
 
 
 @contextmanager
-def matmul_precision(name: str) -> Iterator[None]:
-    """Products of float32 matrices inside the body; torch's setting is restored afterwards."""
+def product_precision(name: str) -> Iterator[None]:
+    """Products of float32 matrices inside the body, "float32" or "bfloat16"; torch's setting is restored afterwards.
+
+    "bfloat16" is a permission: a processor without such products keeps float32 (and torch may still choose a faster
+    library for them).
+    """
+    settings = {"float32": "highest", "bfloat16": "medium"}
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name)
+    torch.set_float32_matmul_precision(settings[name])
     try:
         yield
     finally:

@@ -6,32 +6,31 @@ import copy
 import logging
 import math
 import os
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from openmm_bg.errors import BGError, CheckpointError, InputError
+from openmm_bg.flow.coupling import economical
 from openmm_bg.training import checkpoint
-from openmm_bg.training.config import LOSS_NAMES, SURROGATES, Stage, TrainingConfig
+from openmm_bg.training.config import Stage, TrainingConfig
 from openmm_bg.training.dataset import Dataset, spread
 from openmm_bg.training.history import History
+from openmm_bg.training.interruption import Interruption
 from openmm_bg.training.losses import evaluation_mode, weighted_mean
 from openmm_bg.training.objective import Objective
-from openmm_bg.training.threads import matmul_precision
+from openmm_bg.training.parallel import Ranks
+from openmm_bg.training.progress import stage_bar
+from openmm_bg.training.threads import product_precision
 
 logger = logging.getLogger(__name__)
 
-_VALIDATION_CHUNK = 2048
+_VALIDATION_CHUNK = 512
 # A resumed run may change these: they leave the loss curve as it is.
-_FREE_KEYS = {"checkpoint_every", "checkpoint_seconds", "max_bad_steps"}
+_FREE_KEYS = {"checkpoint_every", "checkpoint_seconds", "max_bad_steps", "gradient_checkpointing"}
 
 
 class TrainingInterrupted(BGError, RuntimeError):
@@ -65,6 +64,9 @@ class Trainer:
         Show progress bars.
     identity
         Whatever else a resumed run must share with its checkpoint: the System and the temperature, say.
+    ranks
+        The processes that train together, from `openmm_bg.training.parallel.joined`; every one of them makes a trainer
+        of the same input and calls its methods. Batch sizes are those of all together.
 
     Attributes
     ----------
@@ -80,7 +82,8 @@ class Trainer:
     Every stage begins with a fresh optimiser, for its losses differ in scale from those before. The moving
     average goes on over stages; it is what validation, the buffer and the finished flow use. All randomness
     comes from the seed: a run that was killed and resumed has the loss curve of an unbroken one, bit for bit,
-    on one machine, if its stages are not limited in seconds and its target is deterministic.
+    on one machine, if its stages are not limited in seconds and its target is deterministic. It is also that of any
+    other number of processes, up to rounding, except that dropout draws other masks.
     """
 
     def __init__(
@@ -95,10 +98,12 @@ class Trainer:
         directory: str | os.PathLike[str] | None = None,
         progress: bool = True,
         identity: str = "",
+        ranks: Ranks | None = None,
     ) -> None:
         self.config = TrainingConfig.load(config)
         self.density = density
-        self.progress = progress
+        self.ranks = ranks or Ranks()
+        self.progress = progress and self.ranks.is_main
         self.directory = None if directory is None else Path(directory)
         self._parameters: list[Tensor] = list(density.parameters())
         if not self._parameters:
@@ -111,6 +116,8 @@ class Trainer:
                 "use the coordinates that the flow was built for."
             )
         self._fingerprint = dataset.fingerprint() + identity
+        self.ranks.require_same(f"{self._fingerprint} {self.config.model_dump_json()}", "data or another configuration")
+        self.ranks.align(density)
         train, validation = dataset.split(
             self.config.validation_fraction, self.config.validation_blocks, self.config.seed
         )
@@ -131,8 +138,9 @@ class Trainer:
             target=target,
             coordinates=coordinates if coordinates is not None else getattr(target, "coordinates", None),
             backbone_atoms=backbone_atoms,
+            ranks=self.ranks,
         )  # fmt: skip
-        self._history = History(self.directory)
+        self._history = History(self.directory if self.ranks.is_main else None)
         self.baselines: dict[str, float] = {}
         self._n_train = len(train)
         # State of the run, all of it in every checkpoint.
@@ -147,7 +155,8 @@ class Trainer:
         self._optimizer: torch.optim.Optimizer | None = None
         self._saved_step: int | None = None
         self._saved_at = time.perf_counter()
-        self._stop = False
+        self._interruption = Interruption(insist=self.ranks.size == 1)
+        self._stop = False  # what all processes have agreed on
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -177,17 +186,24 @@ class Trainer:
             After Ctrl-C or SIGTERM, with a checkpoint of the last step.
         TrainingDiverged
             After `max_bad_steps` steps in a row without a finite loss.
+        RankLost
+            Another process failed.
         """
         cuda = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda), matmul_precision(self.config.matmul_precision), self._signals():
+        small = self.config.network_precision == "bfloat16"
+        economy = economical(
+            self.density, recompute=self.config.gradient_checkpointing, bfloat16=small and bool(cuda)
+        )  # fmt: skip
+        self._stop = False
+        with torch.random.fork_rng(devices=cuda), economy, self._interruption.listening():
             torch.manual_seed(self.config.seed)
-            if self.directory is not None:
-                if resume and checkpoint.exists(self.directory):
+            if (directory := self.directory) is not None:
+                if resume and self.ranks.from_main(lambda: checkpoint.exists(directory)):
                     self._restore()
                 else:
                     if resume:
                         logger.info("No checkpoint in %s yet: training starts from the beginning.", self.directory)
-                    self._begin_directory()
+                    self.ranks.from_main(self._begin_directory)
             if any(stage.needs_target for stage in self.config.stages[self._stage :]):
                 self.objective.prepare_energies()
             if self._saved_step is None:
@@ -207,38 +223,43 @@ class Trainer:
         if self._optimizer is None:
             self._optimizer = self._new_optimizer()
             self.objective.begin_stage(stage)
-        if stage.losses.w2 > 0.0 and "w2" not in self.baselines:
-            self.baselines["w2"] = self.objective.w2_baseline()
+        if stage.losses.w2 > 0.0:
+            self.baselines["w2"] = self.objective.w2_baseline(stage)
             logger.info("W2 of data against data at these batch sizes: %.3g nm^2", self.baselines["w2"])
         self.density.train()
-        bar: Any = nullcontext()
-        if self.progress:
-            bar = tqdm(
-                total=100.0, desc=stage.name, mininterval=0.5,
-                bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}",
-            )  # fmt: skip
-        with bar:
-            shown: dict[str, float] = {}
+        with stage_bar(stage, self.progress) as bar:
             fraction = self._fraction(stage)
             while fraction < 1.0:
                 started = time.perf_counter()
-                row = self._train_step(stage, fraction)
+                with product_precision(self.config.network_precision):
+                    row = self._train_step(stage, fraction)
                 if self._stage_step % self.config.validate_every == 0:
                     row["validation_nll"] = self._validate(stage)
                 elapsed = time.perf_counter() - started
-                self._stage_seconds += elapsed
-                self._seconds += elapsed
+                due = self._agree(elapsed)
                 row["seconds"] = self._seconds
                 fraction = self._fraction(stage)
-                if self.progress:
-                    self._show(bar, row, shown, stage, fraction)
-                if fraction < 1.0 and (self._stop or self._checkpoint_due()):
+                bar.show(row, fraction)
+                if fraction < 1.0 and (self._stop or due):
                     self._save()
                     if self._stop:
                         raise self._interrupted()
         self._end_stage(stage)
         if self._stop and self._stage < len(self.config.stages):
             raise self._interrupted()
+
+    def _agree(self, elapsed: float) -> bool:
+        """Count the time of a step; whether a checkpoint is due, and to stop, is one decision of all processes.
+
+        The clock is the main process's, the wish to stop anybody's.
+        """
+        main = self.ranks.is_main
+        mine = (self._interruption.requested, elapsed if main else 0.0, main and self._checkpoint_due())
+        stop, elapsed, due = self.ranks.agree(mine)
+        self._stop = bool(stop)
+        self._stage_seconds += elapsed
+        self._seconds += elapsed
+        return bool(due)
 
     def _fraction(self, stage: Stage) -> float:
         """How much of the stage is done: the largest of its limits reached, 1 at the end."""
@@ -267,6 +288,7 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
+        self.objective.begin_step(self.step)
         terms, figures = self.objective.terms(stage, self._stage_step)
         weights = stage.losses.active()
         loss = torch.zeros((), device=self.device)
@@ -275,6 +297,7 @@ class Trainer:
         norm = torch.full((), float("nan"), device=self.device)
         if loss.requires_grad:
             loss.backward()
+            self.ranks.sum_gradients(self._parameters)
             limit = self.config.gradient_clip
             norm = nn.utils.clip_grad_norm_(self._parameters, math.inf if limit is None else limit, foreach=True)
         # One transfer for all figures: on a GPU each would wait for the queue.
@@ -314,10 +337,10 @@ class Trainer:
         """NLL of the held-out frames under the flow that would be kept; remembers the best if asked to."""
         if self._validation is None:
             return None
-        kept = self.density if self.ema is None else self.ema
+        kept, flow = self.density if self.ema is None else self.ema, self.objective.sampling_density
         y, weights = self._validation
         with evaluation_mode(kept), torch.no_grad():
-            log_q = torch.cat([kept.log_prob(part) for part in y.split(_VALIDATION_CHUNK)])  # type: ignore[operator]
+            log_q = torch.cat([flow.log_prob(part) for part in y.split(_VALIDATION_CHUNK)])
         value = -float(weighted_mean(log_q.double(), weights))
         if stage.keep_best and value < self._best:
             self._best = value
@@ -349,40 +372,6 @@ class Trainer:
         # fused: one call for all parameters, where the plain loop costs as much as a pass through the flow.
         return kind(self._parameters, lr=1e-3, weight_decay=self.config.weight_decay, fused=True)
 
-    def _show(self, bar: Any, row: dict[str, Any], shown: dict[str, float], stage: Stage, fraction: float) -> None:
-        for name in ("loss", *LOSS_NAMES, "validation_nll", "ess"):
-            if row[name] is not None:
-                shown[name] = row[name]
-        if len(stage.losses.active()) == 1:
-            for name in stage.losses.active():
-                if name not in SURROGATES:
-                    shown.pop(name, None)  # the loss itself
-        short = {name.replace("validation_nll", "val"): f"{value:.4g}" for name, value in shown.items()}
-        bar.set_postfix(short, refresh=False)
-        bar.update(100.0 * min(fraction, 1.0) - bar.n)
-
-    # --- interruption ---------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the run between two steps; a second Ctrl-C ends it at once."""
-        self._stop = False
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def request(number: int, frame: Any) -> None:
-            if self._stop:
-                raise KeyboardInterrupt
-            self._stop = True
-
-        before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def _interrupted(self) -> TrainingInterrupted:
         self._finish()
         what = f"Training was interrupted at step {self.step}"
@@ -409,7 +398,8 @@ class Trainer:
 
     def _save(self) -> None:
         if self.directory is not None:
-            self._write_checkpoint(self.directory)
+            directory = self.directory
+            self.ranks.from_main(lambda: self._write_checkpoint(directory))
         self._saved_step = self.step
         self._saved_at = time.perf_counter()
 
@@ -442,7 +432,8 @@ class Trainer:
 
     def _restore(self) -> None:
         assert self.directory is not None
-        step, tensors, meta = checkpoint.load(self.directory)
+        directory = self.directory
+        step, tensors, meta = self.ranks.from_main(lambda: checkpoint.load(directory))
         self._check_resumable(meta)
         checkpoint.load_module(self.density, tensors, "model.")
         if self.ema is not None:
@@ -467,10 +458,11 @@ class Trainer:
             self._optimizer.load_state_dict({"state": state, "param_groups": blank["param_groups"]})
         self.objective.restore(tensors, meta["objective"])
         self._history.restore(meta["losses_size"])
+        self._history.rows = self.ranks.from_main(lambda: self._history.rows)
         torch.set_rng_state(tensors["rng.torch"])
         if self.device.type == "cuda" and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
-        checkpoint.clean(self.directory)
+        self.ranks.from_main(lambda: checkpoint.clean(directory))
         self._saved_step = step
         logger.info("Resumed %s at step %d", self.directory, step)
 

@@ -94,18 +94,18 @@ def test_regulariser():
     u = torch.tensor([-50.0, 0.0, 99.0, 100.0, 101.0, 1e5, 1e10, 1e20, math.inf, -math.inf, math.nan])
     u = u.double().requires_grad_()
     f = regularise_energy(u, cut, top)
-    ceiling = cut + math.log(1 + top - cut)
-    expected = [-50, 0, 99, 100, cut + math.log(2), cut + math.log(1 + 1e5 - cut)] + [ceiling] * 5
+    ceiling = cut * (1 + math.log(top / cut))
+    expected = [-50, 0, 99, 100, cut * (1 + math.log(1.01)), cut * (1 + math.log(1e5 / cut))] + [ceiling] * 5
     np.testing.assert_allclose(f.detach().numpy(), expected, rtol=1e-14)
     f.sum().backward()
-    np.testing.assert_allclose(u.grad.numpy(), [1, 1, 1, 1, 0.5, 1 / (1 + 1e5 - cut), 0, 0, 0, 0, 0], rtol=1e-12)
+    np.testing.assert_allclose(u.grad.numpy(), [1, 1, 1, 1, 1 / 1.01, cut / 1e5, 0, 0, 0, 0, 0], rtol=1e-12)
     # Value and slope are continuous at the cut, and order is kept.
     near = torch.linspace(99.9, 100.1, 2001, dtype=torch.float64, requires_grad=True)
     g = regularise_energy(near, cut, top)
     (slope,) = torch.autograd.grad(g.sum(), near)
     assert float(slope.diff().abs().max()) < 2e-4
     assert (g.diff() > 0).all()
-    for wrong in ((10.0, 5.0), (math.nan, 5.0), (1.0, math.inf)):
+    for wrong in ((10.0, 5.0), (0.0, 5.0), (math.nan, 5.0), (1.0, math.inf)):
         with pytest.raises(InputError, match="cut"):
             regularise_energy(u, *wrong)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from openmm_bg.training import LossWeights, Stage, Trainer
-from openmm_bg.training.threads import fastest_threads, matmul_precision
+from openmm_bg.training.threads import fastest_threads, product_precision
 
 
 @pytest.mark.parametrize("slow_at, expected", [(1, 4), (4, 1)])
@@ -25,25 +25,53 @@ def test_the_faster_number_is_used_and_the_old_one_restored(slow_at, expected):
         torch.set_num_threads(before)
 
 
-def test_matmul_precision_holds_inside_only():
+def test_product_precision_holds_inside_only():
     before = torch.get_float32_matmul_precision()
-    other = "high" if before == "medium" else "medium"
-    with matmul_precision(other):
-        assert torch.get_float32_matmul_precision() == other
-    assert torch.get_float32_matmul_precision() == before
-    with pytest.raises(RuntimeError), matmul_precision(other):
+    for name, setting in (("float32", "highest"), ("bfloat16", "medium")):
+        with product_precision(name):
+            assert torch.get_float32_matmul_precision() == setting
+        assert torch.get_float32_matmul_precision() == before
+    with pytest.raises(RuntimeError), product_precision("bfloat16"):
         raise RuntimeError
     assert torch.get_float32_matmul_precision() == before
 
 
-def test_training_sets_the_matmul_precision(kit, monkeypatch):
-    """And whatever comes afterwards computes as before."""
+def test_low_precision_is_for_gradients_alone(kit, monkeypatch):
+    """Samples that get weights, and validation, are computed in float32; afterwards all is as before."""
     before = torch.get_float32_matmul_precision()
-    other = "high" if before == "medium" else "medium"
-    seen = set()
+    seen = {"gradient": set(), "sample": set(), "validation": set()}
     flow = kit.small_flow()
-    genuine = flow.log_prob
-    monkeypatch.setattr(flow, "log_prob", lambda y: seen.add(torch.get_float32_matmul_precision()) or genuine(y))
-    config = kit.small_config([Stage(name="nll", losses=LossWeights(nll=1.0), steps=2)], matmul_precision=other)
-    Trainer(flow, kit.torsion_data(200), config, progress=False).run()
-    assert seen == {other} and torch.get_float32_matmul_precision() == before
+    config = kit.small_config(
+        [Stage(name="buffer", losses=LossWeights(buffer=1.0, nll=1.0), steps=2)], network_precision="bfloat16",
+        ema_decay=0.0, validate_every=1,
+    )  # fmt: skip
+    log_prob, sample = flow.log_prob, flow.sample
+
+    def noted_log_prob(y):
+        seen["gradient" if torch.is_grad_enabled() else "validation"].add(torch.get_float32_matmul_precision())
+        return log_prob(y)
+
+    def noted_sample(n):
+        seen["sample"].add(torch.get_float32_matmul_precision())
+        return sample(n)
+
+    monkeypatch.setattr(flow, "log_prob", noted_log_prob)
+    monkeypatch.setattr(flow, "sample", noted_sample)
+    Trainer(flow, kit.torsion_data(200), config, target=kit.TorsionTarget(), progress=False).run()
+    assert seen == {"gradient": {"medium"}, "sample": {"highest"}, "validation": {before}}
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_checkpointing_leaves_the_curve_as_it_is(kit):
+    """Bit for bit, dropout included; samples drawn between keep their random numbers."""
+    stages = [Stage(name="all", losses=LossWeights(nll=1.0, kl=0.1, w2=0.1), steps=4)]
+    curves = []
+    for recompute in (False, True):
+        flow = kit.small_flow(conditioner="attention", d_model=8, d_key=4, d_value=8, linear="spline", dropout=0.3)
+        trainer = Trainer(
+            flow, kit.torsion_data(300), kit.small_config(stages, gradient_checkpointing=recompute),
+            target=kit.TorsionTarget(), backbone_atoms=[0, 1, 2], progress=False,
+        )  # fmt: skip
+        rows = trainer.run()
+        curves.append([(row["loss"], row["gradient_norm"], row["kl"], row["w2"]) for row in rows])
+    assert curves[0] == curves[1]
