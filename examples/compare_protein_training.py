@@ -22,7 +22,6 @@ import argparse
 import datetime
 import json
 import logging
-import os
 import re
 import sys
 import time
@@ -44,6 +43,7 @@ from openmm_bg.artifact import Flow, compress_text, load, topology_to_dict
 from openmm_bg.coordinates import CoordinateMap, read_constraints
 from openmm_bg.energy import ContextPool, Target, make_context
 from openmm_bg.errors import BGError, InputError
+from openmm_bg.files import write_atomically
 from openmm_bg.flow import FlowConfig, build_flow, count_parameters
 from openmm_bg.sampler import BoltzmannGeneratorSampler
 from openmm_bg.simulate.folder import read_record, read_training_data
@@ -325,12 +325,6 @@ def evaluate(flow: Flow, data: Data, size: Size, seed: int) -> dict[str, Any]:
 # --- files --------------------------------------------------------------------------------------------------------
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def results(output: Path) -> dict[str, dict[str, Any]]:
     """What is finished, in the order of `NAMES`."""
     found = {}
@@ -353,20 +347,18 @@ def run_one(name: str, data: Data, output: Path, size: Size, seed: int, progress
     logger.info("%s: evaluation", NAMES[name])
     begin = time.perf_counter()
     figures = evaluate(load(folder / "flow.bg"), data, size, seed)
-    write(
-        folder / "result.json",
-        {
-            "name": name,
-            "settings": settings(data, size, seed),
-            "parameters": count_parameters(trained.flow.density),
-            **{key: sum(stage[key] for stage in trained.stages) for key in ("steps", "seconds", "energies")},
-            "stages": trained.stages,
-            "validation": trained.validation,
-            "figures": figures,
-            "evaluation_seconds": round(time.perf_counter() - begin, 1),
-            "date": datetime.date.today().isoformat(),
-        },
-    )
+    content = {
+        "name": name,
+        "settings": settings(data, size, seed),
+        "parameters": count_parameters(trained.flow.density),
+        **{key: sum(stage[key] for stage in trained.stages) for key in ("steps", "seconds", "energies")},
+        "stages": trained.stages,
+        "validation": trained.validation,
+        "figures": figures,
+        "evaluation_seconds": round(time.perf_counter() - begin, 1),
+        "date": datetime.date.today().isoformat(),
+    }
+    write_atomically(folder / "result.json", json.dumps(content, indent=1))
 
 
 def settings(data: Data, size: Size, seed: int) -> dict[str, Any]:

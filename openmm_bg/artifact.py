@@ -14,7 +14,6 @@ import io
 import json
 import logging
 import os
-import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from openmm_bg.coordinates import CoordinateMap
 from openmm_bg.errors import ArtifactError, InputError
+from openmm_bg.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -337,7 +337,6 @@ class Flow:
         self.eval()
         # Through memory: torch's own file writer ends the process when the disk is full.
         buffer = io.BytesIO()
-        temporary = None
         try:
             with _quiet_torchscript():
                 extra: dict[str, Any] = {_EXTRA: json.dumps(metadata)}
@@ -346,18 +345,9 @@ class Flow:
                     torch.jit.save(_scripted(self.completion), part)
                     extra[_COMPLETION] = part.getvalue()
                 torch.jit.save(_scripted(self.density), buffer, _extra_files=extra)
-            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as handle:
-                temporary = handle.name
-                handle.write(buffer.getvalue())
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
+            write_atomically(target, buffer.getvalue())
         except (OSError, RuntimeError) as error:
             raise ArtifactError(f"Cannot write {target}: {str(error).splitlines()[0]}.") from error
-        finally:
-            if temporary is not None and os.path.exists(temporary):
-                os.unlink(temporary)
 
     def __repr__(self) -> str:
         completed = "" if self.completion is None else f", {len(self._free)} completed"

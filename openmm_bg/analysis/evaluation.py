@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openmm_bg.errors import InputError
+from openmm_bg.files import write_atomically
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +67,6 @@ class Evaluation:
         InputError
             It cannot be written.
         """
-        from openmm_bg.simulate.folder import write_atomically
-
         try:
             write_atomically(path, self.to_json() + "\n")
         except OSError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import html
 import io
 import os
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from openmm_bg.analysis import style
 from openmm_bg.errors import InputError
+from openmm_bg.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -220,18 +220,10 @@ def write_page(
     """
     target = Path(path)
     text = render_page(title, lead, sections, highlights, warnings)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        with open(temporary, "wb") as file:
-            file.write(text.encode("utf-8"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        write_atomically(target, text)
     except OSError as error:
         raise InputError(
             f"Cannot write the page {target} ({error.strerror or error}): make room or choose another folder."
         ) from error
-    finally:
-        with contextlib.suppress(OSError):  # gone after a success; whatever else goes wrong, the first error counts
-            temporary.unlink()
     return target

@@ -27,6 +27,7 @@ import openmm  # isort: skip
 from openmm import app, unit  # isort: skip
 
 from openmm_bg.errors import CheckpointError, InputError
+from openmm_bg.files import write_atomically
 from openmm_bg.simulate.structure import Molecule
 
 logger = logging.getLogger(__name__)
@@ -44,21 +45,6 @@ class TrainingData:
     topology: app.Topology
     positions: NDArray[np.float32]
     temperature: float
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """`path` holds all of the text, or what it held."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
 
 
 def check_new(folder: Path) -> None:

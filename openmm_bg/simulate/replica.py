@@ -23,7 +23,8 @@ from openmm import app, unit  # isort: skip
 
 from openmm_bg.energy import BOLTZMANN
 from openmm_bg.errors import CheckpointError, EnergyError
-from openmm_bg.simulate.folder import read_checkpoint, write_atomically
+from openmm_bg.files import write_atomically
+from openmm_bg.simulate.folder import read_checkpoint
 from openmm_bg.simulate.geometry import Stereochemistry
 from openmm_bg.simulate.protocol import Protocol
 

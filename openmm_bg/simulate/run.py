@@ -23,6 +23,7 @@ from openmm_bg.coordinates import read_constraints
 from openmm_bg.energy.implicit_solvent import with_equal_solvent
 from openmm_bg.energy.tuning import check_choice
 from openmm_bg.errors import BGError, CheckpointError, InputError
+from openmm_bg.files import write_atomically
 from openmm_bg.simulate import engine as engines
 from openmm_bg.simulate import folder as folders
 from openmm_bg.simulate import parameters as parameter_files
@@ -229,7 +230,7 @@ def _run(
     try:
         if resume:
             record.update(protocol=protocol.to_dict(), frames=protocol.frames, complete=False)
-            folders.write_atomically(target / folders.RECORD, _json(record))
+            write_atomically(target / folders.RECORD, _json(record))
         stereochemistry = Stereochemistry(topology, start)
         dof = 3 * system.getNumParticles() - system.getNumConstraints()
         dof -= 3 * any(isinstance(force, openmm.CMMotionRemover) for force in system.getForces())
@@ -237,7 +238,7 @@ def _run(
         meter = _Meter()
         _work(engine, system, start, replicas, protocol, meter, progress)
         record.update(complete=True)
-        folders.write_atomically(target / folders.RECORD, _json(record))
+        write_atomically(target / folders.RECORD, _json(record))
     except OSError as error:
         raise CheckpointError(
             f"Cannot write to {target} ({error.strerror or error}): every frame of the last checkpoint is kept, "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,38 +16,13 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from openmm_bg.errors import CheckpointError
+from openmm_bg.files import write_atomically
 
 INDEX = "checkpoint.json"
 _FORMAT = "openmm_bg checkpoint"
 _VERSION = 1
 # What an interrupted or superseded checkpoint can leave behind: our own names and nothing else.
 _LEFTOVER = re.compile(r"checkpoint-\d+(-\d+)?\.safetensors(\.tmp)?|checkpoint\.json\.tmp")
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make a rename durable; file systems which cannot open a directory do so on their own."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    """`path` holds `data` completely or keeps what it held."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
 
 
 def exists(directory: Path) -> bool:
@@ -85,9 +59,9 @@ def save(directory: Path, step: int, tensors: dict[str, Tensor], meta: dict[str,
     text = json.dumps(index, indent=1, allow_nan=False).encode()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _write_atomically(path, data)
+        write_atomically(path, data)
         try:
-            _write_atomically(directory / INDEX, text)
+            write_atomically(directory / INDEX, text)
         except BaseException:
             with contextlib.suppress(OSError):
                 # After a failed commit the new tensors are an orphan, unless the rename itself got through.

@@ -310,7 +310,12 @@ def _check_kinds(system: Any, topology: Any) -> None:
 
 
 def _announce_refusals(system: openmm.System) -> None:
-    """Training is possible with a barostat or an external force, independent samples later are not: say so now."""
+    """Training is possible with a box, a barostat or an external force, independent samples later are not: say so."""
+    if system.usesPeriodicBoundaryConditions():
+        logger.warning(
+            "The System has a periodic box: where its energy depends on how the molecule is turned, as with PME, "
+            "step() will work and sample() will refuse; train with nonbondedMethod=NoCutoff to have both."
+        )
     for force in system.getForces():
         name = type(force).__name__
         if "Barostat" in name or "External" in name:

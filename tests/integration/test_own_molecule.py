@@ -285,16 +285,24 @@ def test_one_frame_is_no_trajectory(files, tmp_path):
     one_sentence(command(folder, "-o", tmp_path / "model", **{"--trajectory": str(tmp_path / "one.dcd")}), "one.dcd")
 
 
-def test_training_announces_that_sample_will_refuse(files, caplog):
+@pytest.mark.parametrize("reason", ["CustomExternalForce", "periodic box"])
+def test_training_announces_that_sample_will_refuse(files, caplog, reason):
     """Before the long work, not after it: such a flow serves step() alone."""
     _, topology, system, xyz = files
     held = openmm.XmlSerializer.deserialize(openmm.XmlSerializer.serialize(system))
-    wall = openmm.CustomExternalForce("x^2")
-    wall.addParticle(0)
-    held.addForce(wall)
+    if reason == "periodic box":
+        ewald = openmm.NonbondedForce()
+        ewald.setNonbondedMethod(openmm.NonbondedForce.PME)
+        for _ in range(system.getNumParticles()):
+            ewald.addParticle(0.0, 0.1, 0.0)
+        held.addForce(ewald)
+    else:
+        wall = openmm.CustomExternalForce("x^2")
+        wall.addParticle(0)
+        held.addForce(wall)
     brief = {**CONFIG, "stages": [{"name": "likelihood", "losses": {"nll": 1.0}, "steps": 1}]}
     bg.train(held, topology, xyz[:200], 300.0, config=brief, progress=False)
-    assert "CustomExternalForce" in caplog.text and "sample() will refuse" in caplog.text
+    assert reason in caplog.text and "will refuse" in caplog.text
 
 
 def test_sample_refuses_what_it_cannot_write(tmp_path):

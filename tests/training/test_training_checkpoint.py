@@ -9,6 +9,7 @@ import os
 import pytest
 import torch
 
+from openmm_bg import files
 from openmm_bg.errors import CheckpointError
 from openmm_bg.training import checkpoint
 from openmm_bg.training.history import COLUMNS, History
@@ -79,10 +80,10 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch, call, nt
             def __getattr__(self, name):
                 return getattr(self.file, name)
 
-        monkeypatch.setattr(checkpoint, "open", File, raising=False)
+        monkeypatch.setattr(files, "open", File, raising=False)
     else:
         # Directories are synced too, and not being able to is no error: count files only.
-        monkeypatch.setattr(checkpoint, "_sync_directory", lambda directory: None)
+        monkeypatch.setattr(files, "_sync_directory", lambda directory: None)
         monkeypatch.setattr(os, call, failing(getattr(os, call)))
     with pytest.raises(CheckpointError, match="No space left") as caught:
         checkpoint.save(tmp_path, 2, {"a": torch.ones(1000)}, {"n": 2})
