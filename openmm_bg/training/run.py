@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import logging
 import os
-import platform as machine
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -29,10 +26,9 @@ from openmm_bg.training.completion import fit_completion, free_columns
 from openmm_bg.training.config import TrainingConfig
 from openmm_bg.training.dataset import Dataset
 from openmm_bg.training.parallel import Ranks, joined
-from openmm_bg.training.sharing import share_density
+from openmm_bg.training.record import training_record, versions
 from openmm_bg.training.threads import fastest_threads
 from openmm_bg.training.trainer import Trainer
-from openmm_bg.weights import effective_sample_size
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +39,6 @@ LARGEST_RADIUS = 0.15
 STRETCH = 1.4
 #: Atoms closer than this many times the sum are bonded, whatever the topology says.
 CONTACT = 1.2
-#: Flow samples whose weights go into the training record: at most so many, or as many as there is time for (s).
-RECORD_SAMPLES = 10_000
-RECORD_SECONDS = 120.0
-RECORD_BATCH = 500
 
 
 def train(
@@ -179,14 +171,14 @@ def _train(
             for module in (density, coordinates):
                 module.to("cpu")
             completion, fitted = _complete(coordinates, topology, dataset, config)
-        record = _training_record(trainer, density, coordinates, len(positions), completion)
+        record = training_record(trainer, density, coordinates, len(positions), completion)
     if fitted:
         record["completion"] = fitted
     metadata = {
         "temperature": kelvin,
         "topology": topology_to_dict(topology),
         "system": compress_text(openmm.XmlSerializer.serialize(system)),
-        "versions": _versions(),
+        "versions": versions(),
         "training": record,
     }
     flow = Flow(density, coordinates, metadata, completion)
@@ -437,64 +429,6 @@ def _complete(
         return None, {}
     train, held = dataset.split(config.validation_fraction, config.validation_blocks, config.seed)
     return fit_completion(coordinates, topology, train, held, seed=config.seed)
-
-
-def _training_record(
-    trainer: Trainer,
-    density: torch.nn.Module,
-    coordinates: CoordinateMap,
-    n_frames: int,
-    completion: Completion | None,
-) -> dict[str, Any]:
-    """What the artifact remembers of its making; of a flow with a completion the ESS of formula C, too."""
-    n_energies = trainer.objective.n_energies  # before those of the record itself
-    shared, target = share_density(density, trainer.ranks, trainer.config.seed), trainer.objective.target
-    log_w: list[torch.Tensor] = []
-    log_w_completed: list[torch.Tensor] = []
-    columns = free_columns(coordinates)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(trainer.config.seed + 1)
-        begin = time.perf_counter()
-        while len(log_w) * RECORD_BATCH < RECORD_SAMPLES:
-            y, log_q = shared.sample(min(RECORD_BATCH, RECORD_SAMPLES))
-            s = coordinates.reference_fixed.repeat(len(y), 1)
-            value = target.log_density(y, s) - log_q
-            log_w.append(value.nan_to_num(nan=-torch.inf, posinf=-torch.inf))
-            if completion is not None:
-                s[:, columns], log_g = completion.sample(y)
-                value = target.log_density(y, s) - log_q - log_g
-                log_w_completed.append(value.nan_to_num(nan=-torch.inf, posinf=-torch.inf))
-            if trainer.ranks.agree([time.perf_counter() - begin])[0] > RECORD_SECONDS:
-                break
-    n_samples = sum(map(len, log_w))
-    ess = effective_sample_size(torch.cat(log_w).numpy())
-    what = " at fixed s" if completion is not None else ""
-    logger.info("Effective sample size of %d samples%s: %.1f %%.", n_samples, what, 100 * ess)
-    figures = {"reverse_ess": ess, "reverse_ess_samples": n_samples}  # on the System trained for
-    if completion is not None:
-        figures["completed_ess"] = effective_sample_size(torch.cat(log_w_completed).numpy())
-        logger.info("With the completion (exact weights): %.2g %%.", 100 * figures["completed_ess"])
-    last = trainer.history[-1] if trainer.history else {}
-    return {
-        "config": trainer.config.model_dump(mode="json"),
-        "frames": n_frames,
-        "steps": trainer.step,
-        "n_energies": n_energies,
-        **figures,
-        "last": {k: v for k, v in last.items() if isinstance(v, (int, float, str)) and v == v},
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {
-        "openmm_bg": version("openmm-bg"),
-        "openmm": openmm.version.version,
-        "torch": torch.__version__,
-        "python": machine.python_version(),
-    }
 
 
 def _first_line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ import torch  # noqa: F401  (before openmm)
 
 import openmm_bg as bg
 from openmm_bg.energy.implicit_solvent import with_equal_solvent
-from openmm_bg.training import TrainingConfig, run
+from openmm_bg.training import TrainingConfig, record, run
 from openmm_bg.training.completion import FitOptions, fit_completion
 from openmm_bg.training.history import read_losses
 
@@ -69,7 +69,7 @@ def test_the_paper_s_stages_run(name, n_residues, tmp_path, monkeypatch):
         pytest.skip(str(error))
     assert topology.getNumResidues() == n_residues
     system, frames = short_dynamics(topology, positions)
-    monkeypatch.setattr(run, "RECORD_SAMPLES", 4)
+    monkeypatch.setattr(record, "RECORD_SAMPLES", 4)
     monkeypatch.setattr(run, "fit_completion", partial(fit_completion, options=FitOptions(least_steps=2, most_steps=2)))
     flow = bg.train(
         system, topology, frames, 300.0, representation="reduced", config=tiny(), directory=tmp_path, platform="CPU",
