@@ -312,11 +312,11 @@ class TrainingConfig(_Strict):
                         sample_batch=64,
                     ),
                     Stage(
-                        name="nll+w2+kl", losses=LossWeights(nll=1.0, w2=0.5, kl=0.002), seconds=1260.0,
-                        learning_rate=1e-3, sample_batch=32,
+                        name="nll+w2+kl", losses=LossWeights(nll=1.0, w2=0.5, kl=0.002), seconds=1440.0,
+                        learning_rate=5e-4, sample_batch=32,
                     ),
                     Stage(
-                        name="nll+kl", losses=LossWeights(nll=1.0, kl=0.003), seconds=540.0, learning_rate=3e-4,
+                        name="nll+kl", losses=LossWeights(nll=1.0, kl=0.003), seconds=360.0, learning_rate=1e-4,
                         sample_batch=16,
                     ),
                 ],

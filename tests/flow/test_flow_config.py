@@ -7,7 +7,7 @@ from openmm_bg.errors import InputError
 from openmm_bg.flow import FlowConfig, build_flow, count_parameters, matched_baseline
 
 
-@pytest.mark.parametrize("name", ["paper", "cpu", "nsf"])
+@pytest.mark.parametrize("name", ["paper", "cpu", "protein", "nsf"])
 def test_presets_round_trip_through_json(name):
     config = FlowConfig.preset(name, n_bins=6)
     assert config.n_bins == 6

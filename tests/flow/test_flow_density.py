@@ -286,7 +286,7 @@ def test_empty_channels_and_single_kinds(kinds, changes, make_layout, perturb):
         assert p.grad is None or torch.isfinite(p.grad).all()
 
 
-@pytest.mark.parametrize("name", ["paper", "cpu", "nsf"])
+@pytest.mark.parametrize("name", ["paper", "cpu", "protein", "nsf"])
 def test_presets_build_and_run(name, make_layout):
     config = FlowConfig.preset(name)
     flow = build_flow(make_layout("LCCllc", 1, 1.0), config)

@@ -80,15 +80,23 @@ def test_python_objects_are_checked_too():
         )
 
 
-def test_paper_preset_is_the_curriculum_of_the_paper():
-    stages = TrainingConfig.preset("paper").stages
-    assert [stage.epochs for stage in stages[:4]] == [200, 50, 20, 10]
-    one, two, three, four, last = (stage.losses for stage in stages)
+@pytest.mark.parametrize("name", ["paper", "protein"])
+def test_presets_follow_the_curriculum_of_the_paper(name):
+    stages = TrainingConfig.preset(name).stages
+    one, two, three, four = (stage.losses for stage in stages[:4])
     assert set(one.active()) == {"nll"}
     assert set(two.active()) == {"nll", "w2"}
     assert set(three.active()) == {"nll", "w2", "kl"} and three.w2 < two.w2
     assert set(four.active()) == {"nll", "kl"} and four.kl > three.kl
-    assert set(last.active()) == {"buffer"}
+    if name == "paper":
+        assert [stage.epochs for stage in stages[:4]] == [200, 50, 20, 10]
+        assert [set(stage.losses.active()) for stage in stages[4:]] == [{"buffer"}]
+    else:  # an hour, with energies for few samples of a step: they are what costs
+        assert sum(stage.seconds for stage in stages) == 3600.0
+        assert stages[3].sample_batch < stages[1].sample_batch
+
+
+def test_presets_that_exist():
     assert TrainingConfig.preset("cpu").stages[0].keep_best
     with pytest.raises(InputError, match="preset"):
         TrainingConfig.preset("gpu")  # type: ignore[arg-type]

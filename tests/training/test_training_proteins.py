@@ -51,18 +51,20 @@ def short_dynamics(topology, positions):
     return system, np.array(frames)
 
 
-def tiny(steps=STEPS):
-    """The paper preset with all its layers and losses, but small batches and few steps."""
-    config = TrainingConfig.preset("paper").model_dump()
+def tiny(preset, steps=STEPS):
+    """The preset with all its layers and losses, but small batches and few steps."""
+    config = TrainingConfig.preset(preset).model_dump()
     config |= {"batch_size": 4, "sample_batch": 4, "w2_data_batch": 16, "validation_frames": 4}
     config["buffer"] |= {"draw_size": 4}
-    config["stages"] = [stage | {"steps": steps, "epochs": None} for stage in config["stages"]]
+    config["stages"] = [stage | {"steps": steps, "epochs": None, "seconds": None} for stage in config["stages"]]
     return config
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, n_residues", [("hp35", 35), ("protein-g", 56)])
-def test_the_paper_s_stages_run(name, n_residues, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "preset, name, n_residues", [("paper", "hp35", 35), ("paper", "protein-g", 56), ("protein", "hp35", 35)]
+)
+def test_the_stages_run(preset, name, n_residues, tmp_path, monkeypatch):
     try:
         topology, positions = proteins().structure(name)
     except proteins().MissingStructure as error:
@@ -72,11 +74,11 @@ def test_the_paper_s_stages_run(name, n_residues, tmp_path, monkeypatch):
     monkeypatch.setattr(record, "RECORD_SAMPLES", 4)
     monkeypatch.setattr(run, "fit_completion", partial(fit_completion, options=FitOptions(least_steps=2, most_steps=2)))
     flow = bg.train(
-        system, topology, frames, 300.0, representation="reduced", config=tiny(), directory=tmp_path, platform="CPU",
-        n_workers=1, progress=False,
+        system, topology, frames, 300.0, representation="reduced", config=tiny(preset), directory=tmp_path,
+        platform="CPU", n_workers=1, progress=False,
     )  # fmt: skip
     rows = read_losses(tmp_path / "losses.csv")
-    stages = TrainingConfig.preset("paper").stages
+    stages = TrainingConfig.preset(preset).stages
     assert [row["stage"] for row in rows] == [stage.name for stage in stages for _ in range(STEPS)]
     for row in rows:
         active = next(stage.losses.active() for stage in stages if stage.name == row["stage"])

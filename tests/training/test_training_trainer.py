@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import signal
+from typing import ClassVar
 
 import pytest
 import torch
@@ -146,6 +147,22 @@ def test_energy_losses_reach_the_target(kit, loss, samples):
     Trainer(density, data, config, target=target, progress=False).run()
     assert torch.allclose(density.mean.double(), target.mean, atol=0.05)
     assert torch.allclose(density.log_scale.exp().double(), target.scale, rtol=0.05)
+
+
+def test_a_stage_may_have_its_own_number_of_samples(kit):
+    class Counting(kit.TorsionTarget):
+        asked: ClassVar[list[int]] = []
+
+        def log_density(self, y, s):
+            self.asked.append(len(y))
+            return super().log_density(y, s)
+
+    own = Stage(name="own", losses={"kl": 1.0}, steps=2, sample_batch=7)
+    others = Stage(name="others", losses={"kl": 1.0}, steps=2)
+    target = Counting()
+    trainer = Trainer(kit.small_flow(), kit.torsion_data(300), kit.small_config([own, others]), target=target)
+    trainer.run()
+    assert target.asked[-4:] == [7, 7, 32, 32]  # before them the reference energies of the frames
 
 
 @pytest.mark.parametrize("weighting", ["resample", "loss"])
