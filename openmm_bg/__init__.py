@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from openmm_bg import free_energy
     from openmm_bg.analysis.evaluate import evaluate
     from openmm_bg.artifact import Flow, load
+    from openmm_bg.cartesian import CartesianNonequilibriumMove
     from openmm_bg.data import load_alanine_dipeptide
     from openmm_bg.ensemble import Ensemble
     from openmm_bg.force import FlowForce
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "BoltzmannGeneratorSampler": "openmm_bg.sampler",
+    "CartesianNonequilibriumMove": "openmm_bg.cartesian",
     "Ensemble": "openmm_bg.ensemble",
     "Flow": "openmm_bg.artifact",
     "FlowForce": "openmm_bg.force",
@@ -45,6 +47,7 @@ _MODULES = ("free_energy",)
 
 __all__ = [
     "BoltzmannGeneratorSampler",
+    "CartesianNonequilibriumMove",
     "Ensemble",
     "Flow",
     "FlowForce",

@@ -1,4 +1,4 @@
-"""Annealed importance sampling and the nonequilibrium candidate move, with s frozen (formulas G and H).
+"""Annealed importance sampling and the nonequilibrium candidate move, on arrays (formulas G and H).
 
 Both walk along a bridge from the flow to the target, log π_λ = (1-λ) log q + λ log π, that is π_λ ∝ q w^λ with
 w = π/q, and pay for every change of λ with work. A better weight than w itself comes out, because between two
@@ -39,9 +39,11 @@ if TYPE_CHECKING:
 __all__ = [
     "anneal",
     "annealed_importance_sampling",
+    "check_schedule",
     "down_leg",
     "latent_densities",
     "latent_kernel",
+    "moving_candidate_move",
     "nonequilibrium_candidate_move",
     "reversible_kernel",
     "up_leg",
@@ -163,7 +165,8 @@ def latent_densities(
 # ------------------------------------------------------------------------------------------------- the legs
 
 
-def _check_schedule(schedule: ArrayLike) -> FloatArray:
+def check_schedule(schedule: ArrayLike) -> FloatArray:
+    """λ as an array; `InputError` unless it increases from 0 to 1."""
     lambdas = np.asarray(schedule, dtype=np.float64)
     if lambdas.ndim != 1 or lambdas.size < 2 or lambdas[0] != 0.0 or lambdas[-1] != 1.0:
         raise InputError("The schedule must be a list of λ that begins with 0 and ends with 1, both exactly.")
@@ -221,7 +224,7 @@ def up_leg(
     info : Info
         Of the kernels' steps.
     """
-    lambdas = _check_schedule(schedule)
+    lambdas = check_schedule(schedule)
     work = np.zeros(state.log_w.shape)
     total: Info | None = None
     for before, lam in pairwise(lambdas):
@@ -244,7 +247,7 @@ def down_leg(
     Work is counted as in the up direction: log W = Σ (λ_k - λ_{k-1}) log w(x_{k-1}). The schedule is given upwards too;
     the kernel must be reversible, for then it is its own reversal.
     """
-    lambdas = _check_schedule(schedule)
+    lambdas = check_schedule(schedule)
     work = np.zeros(state.log_w.shape)
     total: Info | None = None
     for before, lam in zip(lambdas[-2::-1], lambdas[:0:-1], strict=True):
@@ -313,7 +316,7 @@ def annealed_importance_sampling(
     >>> bool(abs(np.exp(log_w).mean() / np.sqrt(np.pi / 2) - 1) < 0.03)
     True
     """
-    lambdas = _check_schedule(schedule)
+    lambdas = check_schedule(schedule)
     if n < 1:
         raise InputError(f"The number of walkers must be at least 1, got {n}.")
     log_w = _log_weight(log_base, log_target)
@@ -362,7 +365,7 @@ def nonequilibrium_candidate_move(
     ----------
     Nilmeier, Crooks, Minh and Chodera, Proc. Natl. Acad. Sci. USA 108, E1009 (2011); formula G of docs/theory.md.
     """
-    lambdas = _check_schedule(schedule)
+    lambdas = check_schedule(schedule)
     value = np.array(x, dtype=np.float64)
     if value.ndim != 2 or value.shape[0] < 1:
         raise InputError(f"x must have shape [chains, D], got {value.shape}.")
@@ -373,6 +376,40 @@ def nonequilibrium_candidate_move(
     candidate, work_up, up = up_leg(_draw(sample, len(value), log_w, rng), log_w, kernel, lambdas, rng)
     state, info = metropolis_step(current, candidate, rng, log_ratio=log_acceptance(work_down, work_up))
     return state, replace(info, n_energies=2 * len(value) + down.n_energies + up.n_energies)
+
+
+def moving_candidate_move(
+    current: State,
+    down: Callable[[FloatArray], tuple[FloatArray, FloatArray]],
+    refresh: Callable[[FloatArray], tuple[FloatArray, FloatArray]],
+    up: Callable[[FloatArray], tuple[FloatArray, FloatArray]],
+    rng: np.random.Generator,
+) -> tuple[State, Info]:
+    """Formula G with s moving too: α = min(1, (W_up / W_down) · h(s_0|y') / h(s_0|y_0)).
+
+    Parameters
+    ----------
+    current : State
+        value [chains, D]; log_w of +inf for a chain that stands where π_0 = 0, which stays, otherwise finite or -inf.
+    down, up : callable
+        x -> other end of the leg, log W; both counted upwards, down with the reversed protocol.
+    refresh : callable
+        x_0 [chains, D] -> x_0' and log h(s_0|y') - log h(s_0|y_0): y' ~ q at the s of x_0. Zero where s is drawn
+        anew as well; -inf for an x_0' outside the domain, whose row must still be finite.
+
+    Returns
+    -------
+    state : State
+        A rejected chain's value bit for bit; log_w is then the old one, after an acceptance 0: it is not known.
+    info : Info
+        Of the move; n_energies is left at one per chain, for the legs are the caller's.
+    """
+    x_0, work_down = down(current.value)
+    start, log_h = refresh(x_0)
+    candidate, work_up = up(start)
+    # work_up may be -inf where a start is outside, log_h too; never +inf, for up legs begin at π_0 > 0 or count as lost
+    ratio = log_acceptance(work_down, np.where(np.isneginf(log_h) | np.isneginf(work_up), -np.inf, work_up + log_h))
+    return metropolis_step(current, State(candidate, np.zeros_like(ratio)), rng, log_ratio=ratio)
 
 
 def anneal(
@@ -419,58 +456,41 @@ def anneal(
     import torch
 
     from openmm_bg.ensemble import Ensemble
+    from openmm_bg.latent import LatentSpace
 
     if n < 1:
         raise InputError(f"The number of walkers must be at least 1, got {n}.")
-    _check_schedule(schedule)
+    check_schedule(schedule)
     sampler.sample(1)  # refuses what formula A refuses, and fetches the parameters and box of the Context
-    density, coordinates, device = sampler.flow.density, sampler.coordinates, sampler.device
-    layout, fixed = coordinates.layout, coordinates.reference_fixed
-    rows = 4096  # bounds the memory of the flow's intermediates
-
-    def parts(z: FloatArray) -> list[torch.Tensor]:
-        return list(torch.from_numpy(np.ascontiguousarray(z)).to(device).split(rows))
-
-    def log_base(z: FloatArray) -> FloatArray:
-        with torch.no_grad():
-            return torch.cat([density.base_log_prob(part).cpu() for part in parts(z)]).numpy()  # type: ignore[operator]
+    coordinates, space = sampler.coordinates, LatentSpace(sampler)
+    fixed = coordinates.reference_fixed
+    rows = 4096  # bounds the memory of the map's intermediates
 
     def evaluate(z: FloatArray, keep: bool = False) -> tuple[FloatArray, ...]:
         """log π + log|det|, and with `keep` log|det|, u and positions."""
         out: list[list[FloatArray]] = []
-        with torch.no_grad():
-            for part in parts(z):
-                y, log_det = (t.to("cpu", torch.float64) for t in sampler.flow.forward(part))
-                s = fixed.expand(len(y), -1)
-                log_pi, x = sampler.target.log_density_and_positions(y, s)
-                row = [(log_pi + log_det).numpy()]
-                if keep:
-                    u = (coordinates.log_volume(y, s) - log_pi).nan_to_num(nan=torch.inf, posinf=torch.inf)
-                    row += [log_det.numpy(), u.numpy(), x.numpy()]
-                out.append(row)
+        for start in range(0, len(z), rows):
+            y, log_det = space.forward(z[start : start + rows])
+            s = fixed.expand(len(y), -1)
+            log_pi, x = sampler.target.log_density_and_positions(y, s)
+            row = [(log_pi + log_det).numpy()]
+            if keep:
+                u = (coordinates.log_volume(y, s) - log_pi).nan_to_num(nan=torch.inf, posinf=torch.inf)
+                row += [log_det.numpy(), u.numpy(), x.numpy()]
+            out.append(row)
         return tuple(np.concatenate(column) for column in zip(*out, strict=True))
 
-    def sample(count: int, rng: np.random.Generator) -> FloatArray:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(int(rng.integers(2**62)))
-            return density.sample_base(count).to("cpu", torch.float64).numpy()  # type: ignore[operator]
-
-    kernel = latent_kernel(
-        circular=layout.circular,
-        concentration=layout.concentration,
-        fold=layout.fold,
-        a=a,
-        width=width,
-        n_steps=n_steps,
-    )
+    kernel = latent_kernel(**space.base, a=a, width=width, n_steps=n_steps)
     rng = np.random.default_rng(seed)
-    z, log_w, info = annealed_importance_sampling(log_base, lambda z: evaluate(z)[0], sample, kernel, schedule, n, rng)
+    z, log_w, info = annealed_importance_sampling(
+        space.log_base, lambda z: evaluate(z)[0], space.draw, kernel, schedule, n, rng
+    )
     _, log_det, reduced, positions = evaluate(z, keep=True)
     return (
         Ensemble(
             positions=positions,
             reduced_potentials=reduced,
-            log_q=log_base(z) - log_det,
+            log_q=space.log_base(z) - log_det,
             log_weights=log_w,
             n_nonfinite=int(np.isneginf(log_w).sum()),
             label=sampler.label,

@@ -306,6 +306,7 @@ def latent_proposal(
     fold: ArrayLike,
     mean: ArrayLike = 0.0,
     scale: ArrayLike = 1.0,
+    chosen: ArrayLike | None = None,
 ) -> FloatArray:
     """Formula F: a local proposal in latent space that is reversible for the base density b.
 
@@ -327,9 +328,13 @@ def latent_proposal(
     a : float
         Step of the Gaussian dimensions, in (0, 1]; 1 draws them afresh. Adapt during burn-in only.
     width : float
-        Standard deviation (rad) of the walk on circular dimensions. Adapt during burn-in only.
+        Standard deviation (rad) of the walk on circular dimensions; infinity draws them afresh from b. Adapt during
+        burn-in only.
     mean, scale : array_like, shape [D] or scalar
         μ (also the centre of von Mises dimensions) and σ of the base; 0 and 1 for this package's flows.
+    chosen : array_like of bool, shape [D], optional
+        Dimensions that move (a block); the others keep their values bit for bit. b is a product over dimensions, so
+        that the proposal stays reversible as long as the choice does not depend on z. All if left out.
 
     Returns
     -------
@@ -351,15 +356,27 @@ def latent_proposal(
             f"got {is_circular.shape} and {kappa.shape}."
         )
     centre, sigma = np.asarray(mean, dtype=np.float64), np.asarray(scale, dtype=np.float64)
-    noise = rng.standard_normal(current.shape)
-    log_u = -rng.standard_exponential(current.shape)
-    gaussian = centre + np.sqrt(1.0 - a * a) * (current - centre) + a * sigma * noise
-    walked = np.mod(current + width * noise + np.pi, 2.0 * np.pi) - np.pi
-    walked = np.where(walked >= np.pi, -np.pi, walked)  # the remainder of a tiny negative number rounds to 2π
+    moving = np.ones(current.shape[-1:], dtype=np.bool_) if chosen is None else np.asarray(chosen, dtype=np.bool_)
+    if moving.shape != current.shape[-1:]:
+        raise InputError(f"chosen must have one entry per latent dimension {current.shape[-1:]}, got {moving.shape}.")
     turns = np.asarray(fold, dtype=np.float64)
-    log_b_ratio = kappa * (np.cos(turns * (walked - centre)) - np.cos(turns * (current - centre)))
-    kept = np.where(log_u < log_b_ratio, walked, current)
-    return np.where(is_circular, kept, gaussian)
+    noise = rng.standard_normal(current.shape)
+    gaussian = centre + np.sqrt(1.0 - a * a) * (current - centre) + a * sigma * noise
+    if np.isinf(width):
+        branch = np.floor(turns * rng.random(current.shape))
+        angle = _wrap(centre + (rng.vonmises(0.0, kappa, current.shape) + 2.0 * np.pi * branch) / turns)
+    else:
+        log_u = -rng.standard_exponential(current.shape)
+        walked = _wrap(current + width * noise)
+        log_b_ratio = kappa * (np.cos(turns * (walked - centre)) - np.cos(turns * (current - centre)))
+        angle = np.where(log_u < log_b_ratio, walked, current)
+    return np.where(moving, np.where(is_circular, angle, gaussian), current)
+
+
+def _wrap(angle: FloatArray) -> FloatArray:
+    """To [-π, π); the remainder of a tiny negative number rounds to 2π, hence the second line."""
+    wrapped = np.mod(angle + np.pi, 2.0 * np.pi) - np.pi
+    return np.where(wrapped >= np.pi, -np.pi, wrapped)
 
 
 def latent_log_ratio(

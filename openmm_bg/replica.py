@@ -1,9 +1,9 @@
-"""Exact flow moves inside OpenMM's own replica exchange (formulas D and E of docs/theory.md)."""
+"""Exact flow moves and learned swaps inside OpenMM's own replica exchange (formulas D, E and I of docs/theory.md)."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,45 +14,63 @@ from openmm import app, unit  # isort: skip
 from openmm_bg.artifact import Flow, load
 from openmm_bg.energy import thermal_energy
 from openmm_bg.errors import InputError
-from openmm_bg.proposals import FlowProposals, check_counts, redraw_velocities
+from openmm_bg.proposals import FlowProposals, check_counts, redraw_velocities, require_molecule
+from openmm_bg.swaps import FlowSwap
+
+_NO_STEPS = {"n_proposed": 0, "n_accepted": 0, "n_outside": 0}
 
 
 class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
-    """`openmm.app.ReplicaExchangeSampler` whose replicas also make flow moves.
+    """`openmm.app.ReplicaExchangeSampler` whose replicas also make flow moves and learned swaps.
 
     After the MD of each iteration, a replica in one of ``flow_states`` makes ``n_steps`` exact Metropolis steps. Their
     target is exp(-U/kT) with the energy (force groups, parameters) and temperature that the state defines, the ones
     that decide its exchanges as well; a flow serves states other than the one it was trained for at a lower
     acceptance. States that differ in ``groups`` need an integrator whose MD samples them, as in OpenMM's own class.
 
+    Before the ordinary exchanges each pair of ``swaps`` tries a learned one: the flows of the two states carry either
+    conformation into the other's ensemble, so that states far apart in temperature need no ladder between them. A
+    replica then keeps its state and takes over the conformation that the other's became.
+
     Parameters
     ----------
     states, simulation, stepsPerIteration, reinitializeVelocities
         As in OpenMM's class.
     flow
-        `Flow`, or the path of an artifact; its molecule has to be the whole System.
+        `Flow`, or the path of an artifact, of all states that ``state_flows`` does not name.
     flow_states
-        Indices of the states in which flow moves are made; None stands for all.
+        Indices of the states in which flow moves are made; None stands for all, an empty list for none.
     n_steps
         Metropolis steps per replica and iteration.
     n_proposals
         Proposals that a step chooses from: 1 is formula D, more are formula E.
     seed
-        Of proposals, choices and redrawn velocities. Exchanges draw from Python's ``random``.
+        Of proposals, choices, learned swaps and redrawn velocities. Exchanges draw from Python's ``random``.
+    state_flows
+        Flows of single states, by index: one trained on MD at the state's own temperature.
+    swaps
+        Pairs of states (a, b) that try a learned swap in each iteration.
+    swap_travels
+        Whether what the flows do not model travels in a swap; by default it stays with its state.
+    atom_subset
+        Particles of the flow's molecule, in the order of the flow's atoms; None if it is the whole System. The others
+        do not move in flow moves and stay with their state in swaps.
 
     Attributes
     ----------
     flow_statistics
         For each state ``n_proposed``, ``n_accepted`` (steps and those that moved) and ``n_outside`` (steps from a
         state with q = 0, which no flow move can leave).
+    swap_statistics
+        The same for each pair of ``swaps``; ``n_outside`` counts tries from outside a flow's domain.
 
     Raises
     ------
     InputError
         The System is not the flow's, a state that does not exist, n_steps or n_proposals below 1, a temperature that
-        is not positive.
+        is not positive, flows of different coordinates to swap between.
     ArtifactError
-        The flow cannot be read.
+        A flow cannot be read.
     """
 
     def __init__(
@@ -67,24 +85,80 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
         n_steps: int = 1,
         n_proposals: int = 1,
         seed: int | None = None,
+        state_flows: Mapping[int, Flow | str | os.PathLike[str]] | None = None,
+        swaps: Iterable[tuple[int, int]] = (),
+        swap_travels: bool = False,
+        atom_subset: Sequence[int] | None = None,
     ) -> None:
         check_counts(n_steps, n_proposals)
         chosen = set(range(len(states)) if flow_states is None else flow_states)
-        unknown = sorted(chosen - set(range(len(states))))
-        if unknown:
-            raise InputError(f"flow_states names state {unknown[0]}, there are states 0 to {len(states) - 1}.")
+        own_flows = dict(state_flows or {})
+        pairs = [tuple(pair) for pair in swaps]
+        for name, named in (
+            ("flow_states", chosen),
+            ("state_flows", set(own_flows)),
+            ("swaps", {state for pair in pairs for state in pair}),
+        ):
+            unknown = sorted(named - set(range(len(states))))
+            if unknown:
+                raise InputError(f"{name} names state {unknown[0]}, there are states 0 to {len(states) - 1}.")
+        if any(len(pair) != 2 or pair[0] == pair[1] for pair in pairs):
+            raise InputError("Each entry of swaps must be a pair of two different states.")
         for state in states:
             if "temperature" in state:
                 thermal_energy(state["temperature"])
-        flow = flow if isinstance(flow, Flow) else load(flow)
-        proposals = FlowProposals(flow, simulation.system)
+        common = FlowProposals(flow if isinstance(flow, Flow) else load(flow), simulation.system, atom_subset)
+        proposals = [common] * len(states)
+        for index, own in own_flows.items():
+            proposals[index] = FlowProposals(
+                own if isinstance(own, Flow) else load(own), simulation.system, atom_subset
+            )
+        require_molecule(simulation.context, range(common.coordinates.n_atoms) if atom_subset is None else atom_subset)
+        self._swaps = {(a, b): FlowSwap(proposals[a], proposals[b], swap_travels) for a, b in pairs}
         super().__init__(states, simulation, stepsPerIteration, reinitializeVelocities)
         self.flow_states = frozenset(chosen)
         self.n_steps = int(n_steps)
         self.n_proposals = int(n_proposals)
-        self.flow_statistics = [{"n_proposed": 0, "n_accepted": 0, "n_outside": 0} for _ in states]
+        self.flow_statistics = [dict(_NO_STEPS) for _ in states]
+        self.swap_statistics = {pair: dict(_NO_STEPS) for pair in self._swaps}
         self._proposals = proposals
         self._rng = np.random.default_rng(seed)
+
+    def simulate(self, iterations: int) -> None:
+        """MD, flow moves, learned swaps and exchanges, as in OpenMM's class.
+
+        Parameters
+        ----------
+        iterations
+            How many of each.
+
+        Raises
+        ------
+        InputError
+            Replicas that a reporter has resumed from a run of another System or other states; a Context reinitialised
+            with other constraints or masses. Nothing has been simulated then.
+        EnergyError
+            The energy of a conformation cannot be computed.
+        """
+        self._require_same_run()
+        super().simulate(iterations)
+
+    def _require_same_run(self) -> None:
+        system = self.simulation.context.getSystem()
+        n, states = system.getNumParticles(), list(range(len(self.states)))
+        if sorted(self.replicaStateIndex) != states:
+            raise InputError(
+                f"The replicas are in states {self.replicaStateIndex}, there are states 0 to {states[-1]}, one each: "
+                "resume with the states of the run that wrote the files."
+            )
+        for index, conformation in enumerate(self.replicaConformation):
+            found = len(conformation.getPositions(asNumpy=True))
+            if found != n:
+                raise InputError(
+                    f"Replica {index} has {found} particles, the System {n}: its checkpoint is from another run."
+                )
+        for proposals in self._proposals:
+            proposals.require_same_system(system)
 
     def simulateReplica(self, index: int, steps: int | None = None) -> None:
         """MD of one replica as in OpenMM's class, then its flow moves.
@@ -106,33 +180,85 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
         if state in self.flow_states:
             self._move(index, state)
 
+    def exchangeReplicas(self) -> None:
+        """Learned swaps, then the exchanges of OpenMM's class.
+
+        Raises
+        ------
+        EnergyError
+            The energy of a current conformation cannot be computed.
+        """
+        # In this order each replica's velocities belong to its state when a swap draws new ones: OpenMM rescales them
+        # for an exchange only when the replica is simulated next.
+        for (a, b), swap in self._swaps.items():
+            self._swap(a, b, swap)
+        super().exchangeReplicas()
+
     def _move(self, index: int, state: int) -> None:
         context = self.simulation.context
         before = self.replicaConformation[index].getPositions(asNumpy=True)._value
-        temperature = self._state_temperature(state)
-        kT = thermal_energy(temperature)
-
-        def reduced_potential(x: np.ndarray) -> float:
-            context.setPositions(x)
-            return self._sampler.computeEnergy(state).value_in_unit(unit.kilojoule_per_mole) / kT
-
-        outcome = self._proposals.chain(
-            before, reduced_potential, self._rng, n_steps=self.n_steps, n_proposals=self.n_proposals
+        outcome = self._proposals[state].chain(
+            before, self._reduced_potential(state), self._rng, n_steps=self.n_steps, n_proposals=self.n_proposals
         )
         if outcome.positions is None:
             # The energies of all states are computed next, from what stands in the Context.
             context.setPositions(before)
         else:
-            context.setPositions(outcome.positions)
-            redraw_velocities(context, temperature, self._rng)
-            self.replicaConformation[index] = context.getState(
-                positions=True, velocities=True, parameters=True, integratorParameters=True
-            )
+            self._take(index, state, outcome.positions)
         counts = self.flow_statistics[state]
         counts["n_proposed"] += outcome.info.n_proposed
         counts["n_accepted"] += outcome.info.n_accepted
         if not outcome.inside:
             counts["n_outside"] += outcome.info.n_proposed
+
+    def _swap(self, a: int, b: int, swap: FlowSwap) -> None:
+        context = self.simulation.context
+        replicas = {state: self.replicaStateIndex.index(state) for state in (a, b)}
+        x_a, x_b = (self.replicaConformation[replicas[s]].getPositions(asNumpy=True)._value for s in (a, b))
+
+        def in_its_box(state: int) -> Callable[[np.ndarray], float]:
+            u = self._reduced_potential(state)
+
+            def reduced_potential(x: np.ndarray) -> float:
+                context.setPeriodicBoxVectors(*self.replicaConformation[replicas[state]].getPeriodicBoxVectors())
+                return u(x)
+
+            return reduced_potential
+
+        proposal = swap.propose(x_a, x_b, in_its_box(a), in_its_box(b))
+        counts = self.swap_statistics[a, b]
+        counts["n_proposed"] += 1
+        counts["n_outside"] += not proposal.inside
+        # Strict, so that -inf is never accepted.
+        if not -self._rng.standard_exponential() < proposal.log_ratio:
+            return
+        counts["n_accepted"] += 1
+        for state, x in ((a, proposal.positions_a), (b, proposal.positions_b)):
+            replica = replicas[state]
+            context.setState(self.replicaConformation[replica])
+            self._sampler.applyState(state)
+            self._take(replica, state, x)
+            if self.replicaStateEnergy is not None:  # the exchanges that follow need those of the new conformations
+                self.replicaStateEnergy[replica] = self._sampler.computeAllEnergies()
+
+    def _take(self, index: int, state: int, positions: np.ndarray) -> None:
+        """Give a replica these positions and velocities of its state; the Context holds the rest of it."""
+        context = self.simulation.context
+        context.setPositions(positions)
+        redraw_velocities(context, self._state_temperature(state), self._rng)
+        self.replicaConformation[index] = context.getState(
+            positions=True, velocities=True, parameters=True, integratorParameters=True
+        )
+
+    def _reduced_potential(self, state: int) -> Callable[[np.ndarray], float]:
+        """u of a state at given positions and the Context's box."""
+        context, kT = self.simulation.context, thermal_energy(self._state_temperature(state))
+
+        def reduced_potential(x: np.ndarray) -> float:
+            context.setPositions(x)
+            return self._sampler.computeEnergy(state).value_in_unit(unit.kilojoule_per_mole) / kT
+
+        return reduced_potential
 
     def _state_temperature(self, state: int) -> float:
         """Temperature of a state, K."""

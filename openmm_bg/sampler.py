@@ -1,7 +1,8 @@
 """`BoltzmannGeneratorSampler`: a flow paired with an OpenMM Context.
 
 Formulas A, B and C (weights), D and E (moves) of docs/theory.md meet here; the rules themselves are in `weights` and
-`moves`, the energies in `energy`, the checks of what comes in in `matching`.
+`moves`, the energies in `energy`, the checks of what comes in in `matching`. Every move on a Context, here and in other
+modules, stands on the same three steps: `stand` where it is, `weigh` proposals there, `settle` what was decided.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from openmm_bg.energy import ContextPool, Target, thermal_energy
 from openmm_bg.ensemble import Ensemble
 from openmm_bg.errors import EnergyError, InputError
 from openmm_bg.matching import context_positions, match_system, require_count, target_temperature, usable_device
+from openmm_bg.standing import Report, Standing, counts
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,8 @@ logger = logging.getLogger(__name__)
 _STREAM = threading.Lock()
 #: Frames handled at once: bounds the memory of the flow's intermediates, whatever n a user asks for.
 CHUNK = 4096
+#: Batches up to this size run TorchScript without its profiling executor, which would recompile for seconds first.
+FEW = 64
 
 
 class BoltzmannGeneratorSampler:
@@ -132,13 +136,17 @@ class BoltzmannGeneratorSampler:
 
         Every call of these three spends two more that are not counted, comparing the clones with the Context.
         """
-        info = self._info
-        return {
-            "n_proposed": 0 if info is None else info.n_proposed,
-            "n_accepted": 0 if info is None else info.n_accepted,
-            "n_energies": self.pool.n_energies,
-            "longest_rejection_streak": 0 if info is None else info.longest_rejection_streak,
-        }
+        return counts(self._info) | {"n_energies": self.pool.n_energies}
+
+    @property
+    def info(self) -> moves.Info | None:
+        """All steps of `step` since construction, joined; None before the first."""
+        return self._info
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """This sampler's random stream, which moves on it share."""
+        return self._rng
 
     @property
     def label(self) -> Literal["exact", "rigid"]:
@@ -159,15 +167,15 @@ class BoltzmannGeneratorSampler:
 
     def _draw(self, n: int) -> tuple[Tensor, Tensor]:
         """n samples y and log q in float64 on the CPU."""
-        with self._own_stream(), torch.no_grad():
+        with self._own_stream(), torch.no_grad(), torch.jit.optimized_execution(n > FEW):
             y, log_q = self.flow.density.sample(n)  # type: ignore[operator]
         return y.to("cpu", torch.float64), log_q.to("cpu", torch.float64)
 
     def _log_q(self, y: Tensor) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), torch.jit.optimized_execution(len(y) > FEW):
             return self.flow.log_prob(y.to(self.device, torch.float64)).to("cpu", torch.float64)
 
-    def _draw_completed(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def draw_completed(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """s ~ g(s|y) with the System's constrained lengths, and log g, in float64 on the CPU."""
         with self._own_stream():
             s, log_g = self.flow.complete(y.to(self.device), self.coordinates.reference_fixed)
@@ -221,7 +229,7 @@ class BoltzmannGeneratorSampler:
             y, lq = self._draw(stop - start)
             fixed = s.expand(len(y), -1)
             if drawn:
-                fixed, log_g = self._draw_completed(y)
+                fixed, log_g = self.draw_completed(y)
                 lq = lq + log_g
             log_density, x = self.target.log_density_and_positions(y, fixed)
             u = self._reduced_potential(y, fixed, log_density)
@@ -326,9 +334,59 @@ class BoltzmannGeneratorSampler:
         log_q = (base - log_det).cpu()
         return (log_q[finite] - log_density[finite]).mean()
 
+    # ---------------------------------------------------------------- moves: what they share
+
+    def stand(self) -> Standing:
+        """Where the Context stands, weighed anew (nothing is taken over from earlier moves).
+
+        Raises
+        ------
+        InputError
+            NaN positions, or lengths that no simulation has.
+        EnergyError
+            The Context no longer has the energies of its System.
+        """
+        before = self.pool.n_energies
+        self._follow()
+        current = torch.from_numpy(context_positions(self.context))
+        y, s = self.coordinates.to_internal(current[None])
+        self.coordinates.require_lengths(y, s)
+        log_w = float("inf")  # q = 0: no proposal reaches this state, so detailed balance keeps the chain there
+        if bool(self.coordinates.in_domain(y, s)[0]):
+            log_q = float(self._log_q(y)[0])
+            if log_q > -float("inf"):
+                log_w = float(self._log_density_at(y, s, current[None])[0]) - log_q
+        return Standing(current, y, s, log_w, before)
+
+    def weigh(self, standing: Standing, y: Tensor, log_q: Tensor) -> tuple[Tensor, np.ndarray]:
+        """Positions [B, N, 3] and log π - log q [B] of proposals y [B, D] at the s and place of where a move began.
+
+        Outside the domain, which is decided on (y, s), positions are NaN and the weight is -inf; so is that of an
+        energy that is not finite.
+        """
+        fixed = standing.s.expand(len(y), -1)
+        x = self.place(standing, y)
+        weights = (self._log_density_at(y, fixed, x) - log_q).numpy()
+        return x, np.where(np.isfinite(weights), weights, -np.inf)
+
+    def settle(self, standing: Standing, info: moves.Info, positions: Tensor | None) -> Report:
+        """Give the Context the positions [N, 3] that were accepted, and fresh velocities; None leaves it untouched."""
+        if positions is not None:
+            self.context.setPositions(positions.numpy())
+            self._redraw_velocities()
+        return {
+            "n_proposed": info.n_proposed,
+            "n_accepted": info.n_accepted,
+            "n_energies": self.pool.n_energies - standing.n_energies,
+            "longest_rejection_streak": info.longest_rejection_streak,
+            "acceptance_probability": info.acceptance_probability,
+            "accepted": positions is not None,
+            "inside": standing.inside,
+        }
+
     # ---------------------------------------------------------------- moves: formulas D and E
 
-    def step(self, n: int = 1) -> dict[str, Any]:
+    def step(self, n: int = 1) -> Report:
         """n exact Metropolis steps on the Context's own positions (formula D; n_proposals > 1: formula E).
 
         What the flow does not model (s) stays as it is, and so do seed atom 0, the direction to seed atom 1 and the
@@ -342,7 +400,7 @@ class BoltzmannGeneratorSampler:
 
         Returns
         -------
-        dict
+        Report
             ``n_proposed``, ``n_accepted``, ``n_energies``, ``longest_rejection_streak`` and
             ``acceptance_probability`` of this call, ``accepted`` (did the Context move), ``inside`` (False where the
             current state has q = 0, so that the chain stays).
@@ -355,28 +413,15 @@ class BoltzmannGeneratorSampler:
             The Context no longer has the energies of its System.
         """
         require_count("The number of steps", n)
-        before = self.pool.n_energies
-        self._follow()
-        current = torch.from_numpy(context_positions(self.context))
-        y0, s = self.coordinates.to_internal(current[None])
-        self.coordinates.require_lengths(y0, s)
-        inside = bool(self.coordinates.in_domain(y0, s)[0])
-        log_w = float("inf")  # q = 0: no proposal reaches this state, so detailed balance keeps the chain there
-        if inside:
-            log_q0 = float(self._log_q(y0)[0])
-            inside = log_q0 > -float("inf")
-            if inside:
-                log_w = float(self._log_density_at(y0, s, current[None])[0]) - log_q0
+        standing = self.stand()
+        log_w = standing.log_w
         chosen: Tensor | None = None
         info: moves.Info | None = None
         per_chunk = max(1, CHUNK // self.n_proposals)
         for start in range(0, n, per_chunk):
             count = min(per_chunk, n - start)
             y, log_q = self._draw(count * self.n_proposals)
-            fixed = s.expand(len(y), -1)
-            x = self._place(y, fixed, current)
-            weights = (self._log_density_at(y, fixed, x) - log_q).numpy()
-            weights = np.where(np.isfinite(weights), weights, -np.inf)
+            x, weights = self.weigh(standing, y, log_q)
             if self.n_proposals == 1:
                 index, part = moves.independence_chain(log_w, weights, self._rng)
             else:
@@ -386,27 +431,17 @@ class BoltzmannGeneratorSampler:
             if last >= 0:
                 chosen, log_w = x[last], float(weights[last])
         assert info is not None
-        if chosen is not None:
-            self.context.setPositions(chosen.numpy())
-            self._redraw_velocities()
         self._info = info if self._info is None else self._info + info
-        return {
-            "n_proposed": info.n_proposed,
-            "n_accepted": info.n_accepted,
-            "n_energies": self.pool.n_energies - before,
-            "longest_rejection_streak": info.longest_rejection_streak,
-            "acceptance_probability": info.acceptance_probability,
-            "accepted": chosen is not None,
-            "inside": inside,
-        }
+        return self.settle(standing, info, chosen)
 
-    def _place(self, y: Tensor, s: Tensor, current: Tensor) -> Tensor:
-        """Positions of proposals, standing like the current frame; NaN outside the domain."""
+    def place(self, standing: Standing, y: Tensor) -> Tensor:
+        """Positions [B, N, 3] of y [B, D] at the s and place of where a move began; NaN outside the domain."""
+        s = standing.s.expand(len(y), -1)
         inside = self.coordinates.in_domain(y, s)
         x = torch.full((len(y), self.coordinates.n_atoms, 3), torch.nan, dtype=torch.float64)
         if inside.any():
             seed = self.coordinates.zmatrix.seed
-            x[inside] = place_like(self.coordinates.to_positions(y[inside], s[inside]), current, seed)
+            x[inside] = place_like(self.coordinates.to_positions(y[inside], s[inside]), standing.positions, seed)
         return x
 
     def _log_density_at(self, y: Tensor, s: Tensor, x: Tensor) -> Tensor:

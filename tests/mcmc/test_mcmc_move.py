@@ -1,10 +1,12 @@
 """`BoltzmannGeneratorMove` inside openmmtools: what it weighs, what it leaves alone, and what it samples."""
 # ruff: noqa: NPY002  (openmmtools, and so the move, draws from numpy's global generator)
 
+import contextlib
 import copy
 import json
 import pickle
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ import openmm_bg as bg
 from openmm_bg import mcmc, proposals
 from openmm_bg.energy import BOLTZMANN
 from openmm_bg.free_energy import statistical_inefficiency
-from openmm_bg.mcmc import BoltzmannGeneratorMove
+from openmm_bg.mcmc import BoltzmannGeneratorMove, LatentFlowMove
 from openmm_bg.simulate import torsion_angle
 
 import openmm  # isort: skip
@@ -227,6 +229,24 @@ def test_a_seed_repeats_and_copies_do_not(dipeptide, artifact, contexts):
     assert torch.rand(1) == untouched  # the global generator is where run() left it
 
 
+def test_256_proposals_cost_less_than_20_moves(dipeptide, artifact, contexts):
+    """They share one pass of the flow; measured as CPU time, which other processes hardly touch."""
+    state, replica = thermodynamic(dipeptide), at(dipeptide.positions)
+
+    def cost(n_proposals):
+        move = BoltzmannGeneratorMove(artifact, n_proposals=n_proposals)
+        times = []
+        for _ in range(8):
+            start = time.process_time()
+            move.apply(state, replica, context_cache=contexts)
+            times.append(time.process_time() - start)
+        return np.median(times)
+
+    one, many = cost(1), cost(256)
+    print(f"{1e3 * one:.1f} ms, {1e3 * many:.1f} ms, ratio {many / one:.1f}")
+    assert many < 20.0 * one
+
+
 # -------------------------------------------------------------------- openmmtools' machinery
 
 
@@ -263,23 +283,60 @@ def test_sequences_and_weighted_sets(dipeptide, artifact, contexts):
     assert np.isfinite(snapshot(replica)[0]).all()
 
 
-def test_replica_exchange_stores_and_resumes(dipeptide, artifact, tmp_path):
-    """openmmtools' own driver: the move goes through the .nc file, and its counts come back from it."""
-    from openmmtools.multistate import MultiStateReporter, ReplicaExchangeSampler
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
+def test_what_openmmtools_asks_of_its_own_moves(dipeptide, artifact, contexts, tmp_path):
+    """The checks of its test suite: equal pickles, the same moves back from a .nc file, one Context for all."""
+    from openmmtools.multistate import MultiStateReporter
+    from openmmtools.tests import test_mcmc
 
-    move = SequenceMove(
-        [LangevinDynamicsMove(timestep=1.0 * unit.femtosecond, n_steps=2), BoltzmannGeneratorMove(artifact, n_steps=3)]
-    )
-    ladder = [thermodynamic(dipeptide, t) for t in (300.0, 350.0)]
+    ours = [BoltzmannGeneratorMove(artifact, 2, 3, range(22)), LatentFlowMove(artifact, 4, 0.2)]
+    ours[0].statistics = {"n_accepted": 3, "n_proposed": 8}
+    cases = [*ours, SequenceMove([GHMCMove(), *ours]), WeightedMove([(ours[0], 0.5), (ours[1], 0.5)])]
+    for move in cases:
+        assert pickle.dumps(deserialize(serialize(move))) == pickle.dumps(move)
+    with contextlib.closing(MultiStateReporter(str(tmp_path / "moves.nc"), open_mode="w")) as reporter:
+        reporter.write_mcmc_moves(cases)
+        assert [m.__getstate__() for m in reporter.read_mcmc_moves()[:2]] == [m.__getstate__() for m in ours]
+    md = LangevinDynamicsMove(timestep=1.0 * unit.femtosecond, n_steps=1)
+    cache.global_context_cache.empty()
+    SequenceMove([md, *ours]).apply(thermodynamic(dipeptide), at(dipeptide.positions), context_cache=contexts)
+    assert len(contexts) == 1 and contexts._lru._n_access == 3 and len(cache.global_context_cache) == 0
+    np.random.seed(1)
+    test_mcmc.test_metropolized_moves()  # it makes one of every subclass it finds
+    test_mcmc.test_moves_serialization()
+
+
+@pytest.mark.parametrize("kind", ["MultiStateSampler", "ReplicaExchangeSampler", "ParallelTemperingSampler"])
+def test_openmmtools_drivers_store_and_resume(dipeptide, artifact, tmp_path, kind):
+    """Both moves go through the .nc file, and their counts come back from it."""
+    from openmmtools import multistate
+
+    driver = getattr(multistate, kind)
+    md = LangevinDynamicsMove(timestep=1.0 * unit.femtosecond, n_steps=2)
+    flow_moves = [BoltzmannGeneratorMove(artifact, n_steps=3), LatentFlowMove(artifact, n_steps=2)]
+    temperatures, replicas = (300.0, 350.0), [at(dipeptide.positions), at(dipeptide.positions)]
     storage = str(tmp_path / "run.nc")
-    sampler = ReplicaExchangeSampler(mcmc_moves=move, number_of_iterations=2)
-    sampler.create(ladder, at(dipeptide.positions), MultiStateReporter(storage, checkpoint_interval=1))
+    sampler = driver(mcmc_moves=SequenceMove([md, *flow_moves]), number_of_iterations=2)
+    reporter = multistate.MultiStateReporter(storage, checkpoint_interval=1)
+    if kind == "ParallelTemperingSampler":
+        ladder = {"min_temperature": 300.0 * unit.kelvin, "max_temperature": 350.0 * unit.kelvin, "n_temperatures": 2}
+        sampler.create(thermodynamic(dipeptide), replicas, reporter, **ladder)
+    else:
+        sampler.create([thermodynamic(dipeptide, t) for t in temperatures], replicas, reporter)
     sampler.run()
-    assert [m.statistics[1]["n_proposed"] for m in sampler.mcmc_moves] == [6, 6]
+
+    def counts(sampler):
+        return [[s["n_proposed"] for s in m.statistics[1:]] for m in sampler.mcmc_moves]
+
+    assert counts(sampler) == [[6, 4], [6, 4]]
+    accepted = [m.statistics for m in sampler.mcmc_moves]
     del sampler
-    again = ReplicaExchangeSampler.from_storage(MultiStateReporter(storage, open_mode="r+", checkpoint_interval=1))
+    again = driver.from_storage(multistate.MultiStateReporter(storage, open_mode="r+", checkpoint_interval=1))
+    assert [m.statistics for m in again.mcmc_moves] == accepted
     again.extend(1)
-    assert [m.statistics[1]["n_proposed"] for m in again.mcmc_moves] == [9, 9]
+    assert counts(again) == [[9, 6], [9, 6]]
+    found = [state.temperature.value_in_unit(unit.kelvin) for state in again._thermodynamic_states]
+    np.testing.assert_allclose(found, temperatures)
 
 
 # -------------------------------------------------------------------- mistakes

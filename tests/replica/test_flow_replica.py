@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import openmm_bg as bg
-from openmm_bg import proposals
+from openmm_bg import proposals, swaps
 from openmm_bg.energy import BOLTZMANN
 from openmm_bg.free_energy import statistical_inefficiency
 from openmm_bg.replica import FlowReplicaExchangeSampler
@@ -255,11 +255,15 @@ def scores(weighted_reference, sampler, iterations):
 
 
 @pytest.mark.statistical
-def test_replicas_sample_their_states(make, weighted_reference):
-    sampler = make(md_steps=5, n_steps=3, n_proposals=4, seed=9)
-    z = scores(weighted_reference, sampler, 300)
+def test_replicas_sample_their_states(dipeptide, make, hot_flow, weighted_reference):
+    """With moves of a flow for each state, learned swaps between them, and exchanges."""
+    learned = {"state_flows": {1: hot_flow(dipeptide.flow)}, "swaps": [(1, 0)]}
+    sampler = make(md_steps=5, n_steps=3, n_proposals=4, seed=9, **learned)
+    z = scores(weighted_reference, sampler, 200)
     assert all(abs(value) < 4.0 for value in z.values()), z
     assert all(counts["n_accepted"] > 0.2 * counts["n_proposed"] for counts in sampler.flow_statistics)
+    print(sampler.swap_statistics)
+    assert sampler.swap_statistics[1, 0]["n_accepted"] > 0.1 * sampler.swap_statistics[1, 0]["n_proposed"]
 
 
 @pytest.mark.statistical
@@ -272,3 +276,12 @@ def test_acceptance_on_the_energy_alone_is_caught(make, weighted_reference, monk
     monkeypatch.setattr(proposals.FlowProposals, "_log_q", lambda self, y: torch.zeros(len(y)).double())
     z = scores(weighted_reference, make(md_steps=5, n_steps=3, n_proposals=4, seed=10), 100)
     assert abs(z[300.0, "energy"]) > 5.0 and abs(z[350.0, "energy"]) > 5.0, z
+
+
+@pytest.mark.statistical
+def test_swaps_that_are_not_weighed_are_caught(dipeptide, make, hot_flow, weighted_reference, monkeypatch):
+    """Every swap accepted, between a flow that is far too wide for 350 K and that of 300 K."""
+    monkeypatch.setattr(swaps, "swap_log_ratio", lambda *terms: np.array([np.inf]))
+    learned = {"state_flows": {1: hot_flow(dipeptide.flow, 1.6)}, "swaps": [(1, 0)], "flow_states": []}
+    z = scores(weighted_reference, make(md_steps=5, seed=11, **learned), 80)
+    assert max(abs(value) for value in z.values()) > 5.0, z

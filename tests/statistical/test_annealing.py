@@ -79,7 +79,7 @@ def check_annealing(toy, monkeypatch, setting, broken=None, schedule=SCHEDULE):
     if broken == "work at x_k":
         monkeypatch.setattr(annealing, "up_leg", late_up_leg)
     if broken == "increments":
-        monkeypatch.setattr(annealing, "_check_schedule", np.asarray)
+        monkeypatch.setattr(annealing, "check_schedule", np.asarray)
         schedule = schedule[:-1]
     z, log_w, info = annealing.annealed_importance_sampling(
         bridge.log_base, bridge.log_target, bridge.sample, bridge.kernel(), schedule, n, np.random.default_rng(31)
