@@ -24,7 +24,7 @@ from openmm_bg.force import FlowPotential
 from openmm_bg.latent import LatentSpace
 from openmm_bg.matching import first_line, require_count
 from openmm_bg.sampler import FEW, BoltzmannGeneratorSampler
-from openmm_bg.standing import Report, counts
+from openmm_bg.standing import ContextMove, Report
 
 FloatArray = NDArray[np.float64]
 
@@ -190,7 +190,7 @@ def anneal_cartesian(
 # ------------------------------------------------------------------------------------------------- formula G
 
 
-class CartesianNonequilibriumMove:
+class CartesianNonequilibriumMove(ContextMove):
     """Formula G on a sampler's Context with every coordinate moving: down to the flow, a fresh y, up to the target.
 
     Each leg is molecular dynamics under (1-λ) U_0 + λ U while λ changes, U_0 being `FlowForce`'s potential, so that the
@@ -245,23 +245,12 @@ class CartesianNonequilibriumMove:
     ) -> None:
         require_count("n_verlet", n_verlet)
         _require_usable(sampler)
-        self.sampler = sampler
+        super().__init__(sampler)
         self.schedule = annealing.check_schedule(schedule)
         self.timestep, self.n_verlet, self.metropolised = timestep, int(n_verlet), bool(metropolised)
         self.keep_s, self.platform = bool(keep_s), platform
-        self.info: moves.Info | None = None
         self._space = LatentSpace(sampler)
         self._bridge, self._coordinates = _bind(sampler, timestep, platform), sampler.coordinates
-
-    @property
-    def context(self) -> Any:
-        """The sampler's Context."""
-        return self.sampler.context
-
-    @property
-    def statistics(self) -> dict[str, int]:
-        """``n_proposed``, ``n_accepted``, ``n_energies`` and ``longest_rejection_streak`` of all moves so far."""
-        return counts(self.info)
 
     def step(self, n: int = 1) -> Report:
         """n moves on the Context's own positions.
@@ -296,7 +285,7 @@ class CartesianNonequilibriumMove:
         assert total is not None
         spent = bridge.n_energies - before
         total = replace(total, n_energies=spent)
-        self.info = total if self.info is None else self.info + total
+        self._count(total)
         moved = torch.from_numpy(state.value.reshape(-1, 3).copy()) if total.n_accepted else None
         report = self.sampler.settle(standing, total, moved)
         return {**report, "n_energies": report["n_energies"] + spent, "inside": bool(inside)}

@@ -19,7 +19,7 @@ from openmm_bg import moves
 from openmm_bg.errors import InputError
 from openmm_bg.matching import require_count
 from openmm_bg.sampler import CHUNK, FEW, BoltzmannGeneratorSampler
-from openmm_bg.standing import Report, Standing, counts
+from openmm_bg.standing import ContextMove, Report, Standing
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -79,7 +79,7 @@ class LatentSpace:
         return z.to("cpu", torch.float64).numpy()
 
 
-class LatentMove:
+class LatentMove(ContextMove):
     """Formula F on a sampler's Context: a step in z that is reversible for the base, then α = min(1, w(f(z'))/w(f(z))).
 
     w = π/q at the same s, with the whole log-determinant of the flow. What the flow does not model stays, as in
@@ -142,22 +142,11 @@ class LatentMove:
         redraw: bool = False,
     ) -> None:
         require_steps(a, width)
-        self.sampler = sampler
+        super().__init__(sampler)
         self.redraw = bool(redraw)
         self.a, self.width = (1.0, math.inf) if self.redraw else (float(a), float(width))
         self.blocks = _blocks(sampler, residues, part, run)
-        self.info: moves.Info | None = None
         self._space = LatentSpace(sampler)
-
-    @property
-    def context(self) -> Any:
-        """The sampler's Context."""
-        return self.sampler.context
-
-    @property
-    def statistics(self) -> dict[str, int]:
-        """``n_proposed``, ``n_accepted``, ``n_energies`` (of proposals) and ``longest_rejection_streak`` of `step`."""
-        return counts(self.info)
 
     def step(self, n: int = 1) -> Report:
         """n exact Metropolis steps on the Context's own positions, with step sizes as they are.
@@ -173,7 +162,7 @@ class LatentMove:
         """
         require_count("The number of steps", n)
         report, info = self._run(n, None)
-        self.info = info if self.info is None else self.info + info
+        self._count(info)
         return report
 
     def burn_in(self, n: int, acceptance: float = 0.3) -> Report:

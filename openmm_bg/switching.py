@@ -6,8 +6,6 @@ the place of the Context's own positions.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
@@ -17,12 +15,12 @@ from openmm_bg import annealing, moves
 from openmm_bg.latent import LatentSpace, require_steps
 from openmm_bg.matching import require_count
 from openmm_bg.sampler import BoltzmannGeneratorSampler
-from openmm_bg.standing import Report, Standing, counts
+from openmm_bg.standing import ContextMove, Report, Standing
 
 FloatArray = NDArray[np.float64]
 
 
-class NonequilibriumMove:
+class NonequilibriumMove(ContextMove):
     """Formula G on a sampler's Context: down to the flow, a fresh draw, up to the target; α = min(1, W_up / W_down).
 
     Between two values of λ the state relaxes by Metropolised latent steps, so that more is accepted than of the fresh
@@ -71,21 +69,10 @@ class NonequilibriumMove:
     ) -> None:
         require_count("n_kernel_steps", n_kernel_steps)
         require_steps(a, width)
-        self.sampler = sampler
+        super().__init__(sampler)
         self.schedule = annealing.check_schedule(schedule)
-        self.info: moves.Info | None = None
         self._space = LatentSpace(sampler)
         self._kernel = annealing.latent_kernel(**self._space.base, a=a, width=width, n_steps=n_kernel_steps)
-
-    @property
-    def context(self) -> Any:
-        """The sampler's Context."""
-        return self.sampler.context
-
-    @property
-    def statistics(self) -> dict[str, int]:
-        """``n_proposed``, ``n_accepted``, ``n_energies`` and ``longest_rejection_streak`` of all moves so far."""
-        return counts(self.info)
 
     def step(self, n: int = 1) -> Report:
         """n moves on the Context's own positions.
@@ -111,7 +98,7 @@ class NonequilibriumMove:
                 chosen = self.sampler.place(standing, self._space.forward(z)[0])[0]
             total = info if total is None else total + info
         assert total is not None
-        self.info = total if self.info is None else self.info + total
+        self._count(total)
         return self.sampler.settle(standing, total, chosen)
 
     def _move(self, z: FloatArray, standing: Standing) -> tuple[moves.State, moves.Info]:
