@@ -21,19 +21,15 @@ def dipeptide():
 
 
 @pytest.fixture(scope="session")
-def sampler(dipeptide):
+def ensemble(dipeptide):
     reference = openmm.Platform.getPlatformByName("Reference")
     context = openmm.Context(dipeptide.system, openmm.VerletIntegrator(0.001), reference)
     context.setPositions(dipeptide.positions)
+    # Closed at once: a pool that stays open would be a leak to the tests of pools.
     with bg.BoltzmannGeneratorSampler(
         dipeptide.flow, context, 300.0, seed=5, platform="Reference", n_workers=1
-    ) as found:
-        yield found
-
-
-@pytest.fixture(scope="session")
-def ensemble(sampler):
-    return sampler.sample(4000)
+    ) as sampler:
+        return sampler.sample(4000)
 
 
 @pytest.fixture(scope="session")

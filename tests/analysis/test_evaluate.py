@@ -86,16 +86,17 @@ def test_acceptance_of_partial_moves(dipeptide):
     sampler.close()
 
 
-def test_energies_are_the_systems_in_kcal(sampler, frames, dipeptide):
-    context = sampler.context
-    context.setPositions(frames[17])
-    energy = context.getState(energy=True).getPotentialEnergy().value_in_unit(unit.kilocalorie_per_mole)
-    assert frame_energies(sampler, frames[:40])[17] == pytest.approx(energy, abs=1e-4)
-    context.setPositions(dipeptide.positions)
-    told = []
-    found = draw(sampler, 1300, advance=told.append)
-    assert told == [1000, 300] and found.label == "exact" and found.log_weights.shape == (1300,)
-    np.testing.assert_allclose(frame_energies(sampler, found.positions), found.energies, atol=0.05)
+def test_energies_are_the_systems_in_kcal(frames, dipeptide):
+    with sampler_at(dipeptide, 300.0) as sampler:
+        context = sampler.context
+        context.setPositions(frames[17])
+        energy = context.getState(energy=True).getPotentialEnergy().value_in_unit(unit.kilocalorie_per_mole)
+        assert frame_energies(sampler, frames[:40])[17] == pytest.approx(energy, abs=1e-4)
+        context.setPositions(dipeptide.positions)
+        told = []
+        found = draw(sampler, 1300, advance=told.append)
+        assert told == [1000, 300] and found.label == "exact" and found.log_weights.shape == (1300,)
+        np.testing.assert_allclose(frame_energies(sampler, found.positions), found.energies, atol=0.05)
 
 
 # ------------------------------------------------------------------ the whole

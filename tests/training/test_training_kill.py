@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+#: Enough that some seconds of training are left for the kills.
+STEPS = 1000
+
 # One process imports everything once and forks a child per run, which it kills after a random while.
 SCRIPT = """
 import importlib.util, os, random, signal, sys, time
@@ -60,14 +63,14 @@ for attempt in range(60):
 def test_kill_at_random_moments(tmp_path):
     conftest = str(Path(__file__).with_name("conftest.py"))
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, conftest, str(tmp_path), "400"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", SCRIPT, conftest, str(tmp_path), str(STEPS)], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     runs = [tuple(map(int, run)) for run in re.findall(r"run (-?\d+) (-?\d+)", done.stdout)]
     killed = [reached for code, reached in runs if code == -9]
-    assert len(killed) >= 3 and 0 < max(killed) < 400, runs
+    assert len(killed) >= 3 and 0 < max(killed) < STEPS, runs
     assert killed == sorted(killed)  # never behind an earlier checkpoint
-    assert runs[-1] == (0, 400), done.stderr
+    assert runs[-1] == (0, STEPS), done.stderr
     assert (tmp_path / "finished").read_text() == (tmp_path / "whole").read_text()
     left = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert len(left) == 3 and not any(name.endswith(".tmp") for name in left)
