@@ -17,26 +17,26 @@ if TYPE_CHECKING:
     from openmm_bg import free_energy
     from openmm_bg.analysis.evaluate import evaluate
     from openmm_bg.artifact import Flow, load
-    from openmm_bg.cartesian import CartesianNonequilibriumMove
     from openmm_bg.data import load_alanine_dipeptide
     from openmm_bg.ensemble import Ensemble
     from openmm_bg.force import FlowForce
-    from openmm_bg.latent import LatentMove
-    from openmm_bg.reporters import MoveReporter
+    from openmm_bg.moves.cartesian import CartesianNonequilibriumMove
+    from openmm_bg.moves.latent import LatentMove
+    from openmm_bg.moves.reporters import MoveReporter
+    from openmm_bg.moves.switching import NonequilibriumMove
     from openmm_bg.sampler import BoltzmannGeneratorSampler
-    from openmm_bg.switching import NonequilibriumMove
     from openmm_bg.training.config import TrainingConfig
     from openmm_bg.training.run import train
 
 _PUBLIC = {
     "BoltzmannGeneratorSampler": "openmm_bg.sampler",
-    "CartesianNonequilibriumMove": "openmm_bg.cartesian",
+    "CartesianNonequilibriumMove": "openmm_bg.moves",
     "Ensemble": "openmm_bg.ensemble",
     "Flow": "openmm_bg.artifact",
     "FlowForce": "openmm_bg.force",
-    "LatentMove": "openmm_bg.latent",
-    "MoveReporter": "openmm_bg.reporters",
-    "NonequilibriumMove": "openmm_bg.switching",
+    "LatentMove": "openmm_bg.moves",
+    "MoveReporter": "openmm_bg.moves",
+    "NonequilibriumMove": "openmm_bg.moves",
     "TrainingConfig": "openmm_bg.training.config",
     "evaluate": "openmm_bg.analysis.evaluate",
     "load": "openmm_bg.artifact",

@@ -19,11 +19,11 @@ from torch import Tensor
 
 import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only then)
 
-from openmm_bg import moves
 from openmm_bg.artifact import Flow
 from openmm_bg.coordinates import place_like
 from openmm_bg.errors import EnergyError, InputError
 from openmm_bg.matching import match_system, require_count
+from openmm_bg.rules import metropolis
 from openmm_bg.sampler import CHUNK, FEW
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Outcome:
     """
 
     positions: FloatArray | None
-    info: moves.Info
+    info: metropolis.Info
     inside: bool
 
 
@@ -130,7 +130,7 @@ class FlowProposals:
         log_w = self._current_log_weight(y0, s, current, reduced_potential)
         inside = log_w != np.inf
         chosen: Tensor | None = None
-        info: moves.Info | None = None
+        info: metropolis.Info | None = None
         per_chunk = max(1, CHUNK // n_proposals)
         for start in range(0, n_steps, per_chunk):
             count = min(per_chunk, n_steps - start)
@@ -140,9 +140,9 @@ class FlowProposals:
             else:  # nothing can be accepted: the rule below is told so, and energies are saved
                 x, weights = current.expand(count * n_proposals, -1, -1), np.full(count * n_proposals, -np.inf)
             if n_proposals == 1:
-                index, part = moves.independence_chain(log_w, weights, rng)
+                index, part = metropolis.independence_chain(log_w, weights, rng)
             else:
-                index, part = moves.multiple_proposal_chain(log_w, weights.reshape(count, -1), rng)
+                index, part = metropolis.multiple_proposal_chain(log_w, weights.reshape(count, -1), rng)
             info = part if info is None else info + part
             last = int(index[-1])
             if last >= 0:
@@ -185,15 +185,15 @@ class FlowProposals:
         }
         with torch.no_grad(), torch.jit.optimized_execution(False):
             z = self.flow.inverse(y.to(self._device))[0].cpu().numpy()
-        state = moves.State(z, np.array([log_w]))
+        state = metropolis.State(z, np.array([log_w]))
         chosen: FloatArray | None = None
-        info: moves.Info | None = None
+        info: metropolis.Info | None = None
         for _ in range(n_steps):
-            z = moves.latent_proposal(state.value, rng, **proposal, a=step, width=step)
+            z = metropolis.latent_proposal(state.value, rng, **proposal, a=step, width=step)
             x, log_w_new = current[None], np.array([-np.inf])
             if log_w != np.inf:  # else the chain stays, and energies are saved
                 x, log_w_new = self._weigh(*self._forward(z), s, current, reduced_potential)
-            state, part = moves.metropolis_step(state, moves.State(z, log_w_new), rng)
+            state, part = metropolis.metropolis_step(state, metropolis.State(z, log_w_new), rng)
             info = part if info is None else info + part
             if part.n_accepted:
                 chosen = x[0].numpy()

@@ -21,13 +21,13 @@ from torch import Tensor
 
 import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only then)
 
-from openmm_bg import moves
 from openmm_bg.artifact import Flow, load
 from openmm_bg.coordinates import place_like, read_constraints
 from openmm_bg.energy import ContextPool, Target, thermal_energy
 from openmm_bg.ensemble import Ensemble
 from openmm_bg.errors import EnergyError, InputError
 from openmm_bg.matching import context_positions, match_system, require_count, target_temperature, usable_device
+from openmm_bg.rules import metropolis
 from openmm_bg.standing import Report, Standing, counts
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class BoltzmannGeneratorSampler:
             )
         self.pool = ContextPool(context, platform=platform, n_workers=n_workers)
         self.target = Target(self.coordinates, self.pool, self.temperature)
-        self._info: moves.Info | None = None
+        self._info: metropolis.Info | None = None
 
     # ---------------------------------------------------------------- housekeeping
 
@@ -139,7 +139,7 @@ class BoltzmannGeneratorSampler:
         return counts(self._info) | {"n_energies": self.pool.n_energies}
 
     @property
-    def info(self) -> moves.Info | None:
+    def info(self) -> metropolis.Info | None:
         """All steps of `step` since construction, joined; None before the first."""
         return self._info
 
@@ -369,7 +369,7 @@ class BoltzmannGeneratorSampler:
         weights = (self._log_density_at(y, fixed, x) - log_q).numpy()
         return x, np.where(np.isfinite(weights), weights, -np.inf)
 
-    def settle(self, standing: Standing, info: moves.Info, positions: Tensor | None) -> Report:
+    def settle(self, standing: Standing, info: metropolis.Info, positions: Tensor | None) -> Report:
         """Give the Context the positions [N, 3] that were accepted, and fresh velocities; None leaves it untouched."""
         if positions is not None:
             self.context.setPositions(positions.numpy())
@@ -416,16 +416,16 @@ class BoltzmannGeneratorSampler:
         standing = self.stand()
         log_w = standing.log_w
         chosen: Tensor | None = None
-        info: moves.Info | None = None
+        info: metropolis.Info | None = None
         per_chunk = max(1, CHUNK // self.n_proposals)
         for start in range(0, n, per_chunk):
             count = min(per_chunk, n - start)
             y, log_q = self._draw(count * self.n_proposals)
             x, weights = self.weigh(standing, y, log_q)
             if self.n_proposals == 1:
-                index, part = moves.independence_chain(log_w, weights, self._rng)
+                index, part = metropolis.independence_chain(log_w, weights, self._rng)
             else:
-                index, part = moves.multiple_proposal_chain(log_w, weights.reshape(count, -1), self._rng)
+                index, part = metropolis.multiple_proposal_chain(log_w, weights.reshape(count, -1), self._rng)
             info = part if info is None else info + part
             last = int(index[-1])
             if last >= 0:

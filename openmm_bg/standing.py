@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from torch import Tensor
 
-from openmm_bg.moves import Info
+from openmm_bg.rules.metropolis import Info
 
 if TYPE_CHECKING:
-    from openmm_bg.sampler import BoltzmannGeneratorSampler
+    pass
 
 
 class Report(TypedDict):
@@ -65,35 +65,3 @@ def counts(info: Info | None) -> dict[str, int]:
         "n_energies": 0 if info is None else info.n_energies,
         "longest_rejection_streak": 0 if info is None else info.longest_rejection_streak,
     }
-
-
-class ContextMove:
-    """A move on a sampler's Context, whose reports are joined.
-
-    Parameters
-    ----------
-    sampler
-        `BoltzmannGeneratorSampler` whose Context, flow, target and random stream the move uses.
-
-    Attributes
-    ----------
-    info
-        All steps so far, joined; None before the first.
-    """
-
-    def __init__(self, sampler: BoltzmannGeneratorSampler) -> None:
-        self.sampler = sampler
-        self.info: Info | None = None
-
-    @property
-    def context(self) -> Any:
-        """The sampler's Context."""
-        return self.sampler.context
-
-    @property
-    def statistics(self) -> dict[str, int]:
-        """``n_proposed``, ``n_accepted``, ``n_energies`` and ``longest_rejection_streak`` of all steps so far."""
-        return counts(self.info)
-
-    def _count(self, info: Info) -> None:
-        self.info = info if self.info is None else self.info + info

@@ -1,4 +1,4 @@
-"""What the tests of several rooms compare with."""
+"""What the tests of several rooms start from and compare with: the shipped alanine dipeptide."""
 
 import numpy as np
 import pytest
@@ -14,13 +14,12 @@ PSI = (6, 8, 14, 16)
 
 
 @pytest.fixture(scope="session")
-def weighted_reference():
+def weighted_reference(dipeptide):
     """(temperature, "energy" | "psi") to (mean, error): energy (kJ/mol) and ψ population of the shipped dipeptide.
 
     At 300 and 350 K: the flow's own samples, weighted (formula A). Many, and both temperatures from the same ones: at
     350 K a few of large weight make up the tail, and an error estimated from too few would not know of it.
     """
-    dipeptide = bg.load_alanine_dipeptide()
     reference = openmm.Platform.getPlatformByName("Reference")
     context = openmm.Context(dipeptide.system, openmm.VerletIntegrator(0.001), reference)
     context.setPositions(dipeptide.positions)
@@ -38,3 +37,43 @@ def weighted_reference():
             mean = (w * f).sum()
             found[temperature, name] = (mean, np.sqrt((w**2 * (f - mean) ** 2).sum()))
     return found
+
+
+@pytest.fixture(scope="session")
+def dipeptide():
+    return bg.load_alanine_dipeptide()
+
+
+@pytest.fixture
+def make_context(dipeptide):
+    """A Context of the shipped System (or of another one) at the shipped positions."""
+
+    def make(system=None, platform="Reference", temperature=300.0, positions=None, integrator=None):
+        if integrator is None:
+            integrator = openmm.LangevinMiddleIntegrator(temperature, 1.0, 0.002)
+            integrator.setRandomNumberSeed(5)
+        context = openmm.Context(
+            dipeptide.system if system is None else system, integrator, openmm.Platform.getPlatformByName(platform)
+        )
+        context.setPositions(dipeptide.positions if positions is None else positions)
+        context.setVelocitiesToTemperature(300.0, 3)
+        return context
+
+    return make
+
+
+@pytest.fixture
+def make_sampler(dipeptide, make_context):
+    """A sampler on one Reference worker, closed at the end of the test."""
+    made = []
+
+    def make(context=None, *, flow=None, seed=1, **options):
+        context = make_context() if context is None else context
+        options = {"platform": "Reference", "n_workers": 1, **options}
+        sampler = bg.BoltzmannGeneratorSampler(flow or dipeptide.flow, context, seed=seed, **options)
+        made.append(sampler)
+        return sampler
+
+    yield make
+    for sampler in made:
+        sampler.close()

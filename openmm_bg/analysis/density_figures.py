@@ -11,10 +11,10 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from openmm_bg import moves
 from openmm_bg.artifact import Flow
 from openmm_bg.errors import InputError
 from openmm_bg.free_energy import statistical_inefficiency
+from openmm_bg.rules import metropolis
 from openmm_bg.sampler import BoltzmannGeneratorSampler
 from openmm_bg.weights import effective_sample_size, khat_threshold, max_weight, pareto_khat
 
@@ -257,7 +257,7 @@ def partial_move_acceptance(
             log_w = (sampler.target.log_density(y, s.expand(len(y), -1)) - lq).numpy()
             log_w = np.where(np.isfinite(log_w), log_w, -np.inf)
             current = float(sampler.target.log_density(y0, s)[0]) - log_q
-            rates[k] = np.exp(moves.log_acceptance(np.full(n_proposals, current), log_w)).mean()
+            rates[k] = np.exp(metropolis.log_acceptance(np.full(n_proposals, current), log_w)).mean()
         else:
             outside += 1
         if advance is not None:

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from openmm_bg import moves
 from openmm_bg.coordinates import CoordinateMap
 from openmm_bg.energy import Target
 from openmm_bg.ensemble import Ensemble
 from openmm_bg.errors import InputError
 from openmm_bg.free_energy import state_difference, statistical_inefficiency
+from openmm_bg.rules import metropolis
 from openmm_bg.weights import effective_sample_size, forward_ess
 
 
@@ -127,7 +127,7 @@ def chain_figures(log_weights: ArrayLike, inside: ArrayLike, seed: int = 0) -> d
         inefficiency of the state's indicator, one energy a step.
     """
     log_w, mask = np.asarray(log_weights, dtype=np.float64), np.asarray(inside, dtype=bool)
-    index, info = moves.independence_chain(log_w[0], log_w[1:], np.random.default_rng(seed))
+    index, info = metropolis.independence_chain(log_w[0], log_w[1:], np.random.default_rng(seed))
     visited = mask[np.where(index < 0, 0, index + 1)]
     return {
         "steps": info.n_proposed,

@@ -16,11 +16,6 @@ from openmm import app, unit  # isort: skip
 
 
 @pytest.fixture(scope="session")
-def dipeptide():
-    return bg.load_alanine_dipeptide()
-
-
-@pytest.fixture(scope="session")
 def ensemble(dipeptide):
     reference = openmm.Platform.getPlatformByName("Reference")
     context = openmm.Context(dipeptide.system, openmm.VerletIntegrator(0.001), reference)

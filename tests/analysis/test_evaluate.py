@@ -17,7 +17,7 @@ from openmm_bg.analysis.evaluation_input import check_frames, read_frames, read_
 from openmm_bg.analysis.files import evaluate_files
 from openmm_bg.cli import main
 from openmm_bg.errors import ArtifactError, InputError
-from openmm_bg.moves import log_acceptance
+from openmm_bg.rules.metropolis import log_acceptance
 
 import openmm  # isort: skip
 from openmm import unit  # isort: skip

@@ -10,7 +10,6 @@ import pytest
 import torch  # noqa: F401  (before openmm)
 from openmm import app, unit
 
-import openmm_bg as bg
 from openmm_bg.analysis import geometry_checks
 from openmm_bg.analysis.density_figures import energy_figures, weight_figures
 from openmm_bg.analysis.distances import backbone_atoms, delta_d, pair_distances
@@ -29,11 +28,6 @@ from openmm_bg.coordinates import MoleculeGraph
 from openmm_bg.errors import InputError
 
 import openmm  # isort: skip
-
-
-@pytest.fixture(scope="module")
-def dipeptide():
-    return bg.load_alanine_dipeptide()
 
 
 @pytest.fixture(scope="module")

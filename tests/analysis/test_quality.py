@@ -26,11 +26,6 @@ def context_of(molecule, system=None):
     return context
 
 
-@pytest.fixture(scope="module")
-def dipeptide():
-    return bg.load_alanine_dipeptide()
-
-
 def test_reverse_figures_of_two_weights():
     """A quarter of the samples lies in the state and weighs three times as much."""
     n = 4000

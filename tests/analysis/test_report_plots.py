@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch  # noqa: F401  (before openmm)
 
-import openmm_bg as bg
 from openmm_bg.analysis import ensemble_plots, residue_plots, style
 from openmm_bg.analysis.density_figures import energy_figures
 from openmm_bg.analysis.distances import mean_distances, pair_distances
@@ -19,11 +18,6 @@ from openmm_bg.analysis.structure_plots import (
     rmsf_curve,
     trace_paths,
 )
-
-
-@pytest.fixture(scope="module")
-def dipeptide():
-    return bg.load_alanine_dipeptide()
 
 
 def rotation(rng):

@@ -118,8 +118,20 @@ def test_documented_arrows_keep_the_rules() -> None:
     table = documented()
     assert table["flow"] == {"errors"}
     assert table["coordinates"] == {"errors", "flow"}
-    assert table["moves"] == {"errors"}
-    for room in ("flow", "coordinates", "energy", "weights", "moves", "artifact", "sampler", "data", "mcmc", "replica"):
+    assert table["rules"] == {"errors"}
+    for room in (
+        "flow",
+        "coordinates",
+        "energy",
+        "weights",
+        "rules",
+        "artifact",
+        "sampler",
+        "moves",
+        "data",
+        "mcmc",
+        "replica",
+    ):
         assert not table[room] & {"training", "simulate", "demo", "cli"}
     assert not table["energy"] & {"flow", "sampler", "training"}
 
@@ -137,8 +149,8 @@ def test_a_wrong_import_is_noticed() -> None:
     assert imported(guarded, "openmm_bg", module_level=True) == {"mdtraj"}
 
 
-def test_flow_and_moves_know_no_openmm() -> None:
-    for path in [*(PACKAGE / "flow").glob("*.py"), PACKAGE / "moves.py"]:
+def test_flow_and_rules_know_no_openmm() -> None:
+    for path in [*(PACKAGE / "flow").glob("*.py"), *(PACKAGE / "rules").glob("*.py")]:
         assert "openmm" not in {top(name) for name in imports(path)}, path
 
 

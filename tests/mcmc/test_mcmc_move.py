@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 
-import openmm_bg as bg
 from openmm_bg import mcmc, proposals
 from openmm_bg.energy import BOLTZMANN
 from openmm_bg.free_energy import statistical_inefficiency
@@ -28,23 +27,6 @@ from openmmtools.utils import deserialize, serialize  # isort: skip
 
 PSI = (6, 8, 14, 16)
 REFERENCE = openmm.Platform.getPlatformByName("Reference")
-
-
-@pytest.fixture(scope="module")
-def dipeptide():
-    return bg.load_alanine_dipeptide()
-
-
-@pytest.fixture(scope="module")
-def artifact(dipeptide, tmp_path_factory):
-    path = tmp_path_factory.mktemp("flow") / "adp.bg"
-    dipeptide.flow.save(path)
-    return path
-
-
-@pytest.fixture
-def contexts():
-    return cache.ContextCache(platform=REFERENCE)
 
 
 def thermodynamic(dipeptide, temperature=300.0, system=None, **options):
@@ -71,7 +53,7 @@ class Recorder:
     """Wraps a rule of `moves` and `FlowProposals._draw`: the log-weights that were weighed, the y they belong to."""
 
     def __init__(self, monkeypatch, name):
-        rule, draw = getattr(proposals.moves, name), proposals.FlowProposals._draw
+        rule, draw = getattr(proposals.metropolis, name), proposals.FlowProposals._draw
         self.weights, self.drawn = [], []
 
         def record_rule(current, proposed, rng):
@@ -83,7 +65,7 @@ class Recorder:
             self.drawn.append(y.clone())
             return y, log_q
 
-        monkeypatch.setattr(proposals.moves, name, record_rule)
+        monkeypatch.setattr(proposals.metropolis, name, record_rule)
         monkeypatch.setattr(proposals.FlowProposals, "_draw", record_draw)
 
 

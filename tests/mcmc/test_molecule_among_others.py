@@ -30,23 +30,6 @@ CHARGE = 0.12
 N_STARTS = 140
 
 
-@pytest.fixture(scope="module")
-def dipeptide():
-    return bg.load_alanine_dipeptide()
-
-
-@pytest.fixture(scope="module")
-def artifact(dipeptide, tmp_path_factory):
-    path = tmp_path_factory.mktemp("flow") / "adp.bg"
-    dipeptide.flow.save(path)
-    return path
-
-
-@pytest.fixture
-def contexts():
-    return cache.ContextCache(platform=REFERENCE)
-
-
 def among_others(alone, periodic=False):
     """An ion, the dipeptide's atoms in reverse order, and a rigid water."""
     system = openmm.System()
@@ -133,7 +116,7 @@ def test_the_weight_is_the_whole_systems(dipeptide, artifact, contexts, monkeypa
     system, box = among_others(dipeptide.system, periodic=True), 4.0 * np.eye(3)
     system.setDefaultPeriodicBoxVectors(*box)
     state = states.ThermodynamicState(system, 340.0 * unit.kelvin, pressure=20.0 * unit.atmosphere)
-    rule, draw = proposals.moves.independence_chain, proposals.FlowProposals._draw
+    rule, draw = proposals.metropolis.independence_chain, proposals.FlowProposals._draw
     weights, drawn = [], []
 
     def record_rule(current, proposed, rng):
@@ -144,7 +127,7 @@ def test_the_weight_is_the_whole_systems(dipeptide, artifact, contexts, monkeypa
         drawn.append(draw(this, n, rng))
         return drawn[-1]
 
-    monkeypatch.setattr(proposals.moves, "independence_chain", record_rule)
+    monkeypatch.setattr(proposals.metropolis, "independence_chain", record_rule)
     monkeypatch.setattr(proposals.FlowProposals, "_draw", record_draw)
     coordinates = dipeptide.flow.coordinates
     y0, s = coordinates.to_internal(torch.from_numpy(dipeptide.positions)[None])
@@ -180,13 +163,13 @@ def test_the_weight_is_the_whole_systems(dipeptide, artifact, contexts, monkeypa
 
 def test_latent_moves_weigh_with_the_density_itself(dipeptide, artifact, contexts, monkeypatch):
     """w = π/q of current and proposed state, q from the flow's own log_prob: with its base and its determinant."""
-    rule, seen = proposals.moves.metropolis_step, []
+    rule, seen = proposals.metropolis.metropolis_step, []
 
     def record(state, proposal, rng):
         seen.append((proposal.value.copy(), float(state.log_w[0]), float(proposal.log_w[0])))
         return rule(state, proposal, rng)
 
-    monkeypatch.setattr(proposals.moves, "metropolis_step", record)
+    monkeypatch.setattr(proposals.metropolis, "metropolis_step", record)
     system, flow = among_others(dipeptide.system), dipeptide.flow
     state = states.ThermodynamicState(system, 340.0 * unit.kelvin)
     y, s = flow.to_internal(dipeptide.positions)

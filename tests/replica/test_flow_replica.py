@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-import openmm_bg as bg
 from openmm_bg import proposals, swaps
 from openmm_bg.energy import BOLTZMANN
 from openmm_bg.free_energy import statistical_inefficiency
@@ -20,11 +19,6 @@ from openmm import app, unit  # isort: skip
 PSI = (6, 8, 14, 16)
 REFERENCE = openmm.Platform.getPlatformByName("Reference")
 LADDER = [{"temperature": 300.0 * unit.kelvin}, {"temperature": 350.0 * unit.kelvin}]
-
-
-@pytest.fixture(scope="module")
-def dipeptide():
-    return bg.load_alanine_dipeptide()
 
 
 @pytest.fixture
@@ -155,7 +149,7 @@ def test_the_weight_is_the_states_own(dipeptide, make, monkeypatch, with_tempera
             state["temperature"] = temperature
     sampler = make(states, system=system, n_steps=6)
 
-    rule, draw = proposals.moves.independence_chain, proposals.FlowProposals._draw
+    rule, draw = proposals.metropolis.independence_chain, proposals.FlowProposals._draw
     weighed, drawn = [], []
 
     def record_rule(current, proposed, rng):
@@ -166,7 +160,7 @@ def test_the_weight_is_the_states_own(dipeptide, make, monkeypatch, with_tempera
         drawn.append(draw(this, n, rng)[0].clone())
         return drawn[-1], dipeptide.flow.log_prob(drawn[-1]).detach()
 
-    monkeypatch.setattr(proposals.moves, "independence_chain", record_rule)
+    monkeypatch.setattr(proposals.metropolis, "independence_chain", record_rule)
     monkeypatch.setattr(proposals.FlowProposals, "_draw", record_draw)
     before, genuine = [], proposals.FlowProposals.chain
 

@@ -22,11 +22,6 @@ REFERENCE = openmm.Platform.getPlatformByName("Reference")
 LADDER = [{"temperature": 300.0 * unit.kelvin}, {"temperature": 350.0 * unit.kelvin}]
 
 
-@pytest.fixture(scope="module")
-def dipeptide():
-    return bg.load_alanine_dipeptide()
-
-
 def build(dipeptide, *, seed=1, md_steps=2, states=None, system=None, **options):
     random.seed(seed)
     integrator = openmm.LangevinMiddleIntegrator(300.0, 5.0, 0.001)

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 import openmm_bg as bg
-from openmm_bg import moves
 from openmm_bg.energy import thermal_energy
 from openmm_bg.errors import InputError
 from openmm_bg.free_energy import statistical_inefficiency
+from openmm_bg.rules import metropolis
 from openmm_bg.simulate import torsion_angle
 
 import openmm  # isort: skip
@@ -159,7 +159,7 @@ def test_the_weights_of_a_step_are_the_formulas(dipeptide, make_context, make_sa
     context.getIntegrator().step(100)
     sampler = make_sampler(context, n_proposals=n_proposals)
     calls, batches = [], []
-    genuine_rule, genuine_energies = getattr(moves, rule), sampler.pool.energies
+    genuine_rule, genuine_energies = getattr(metropolis, rule), sampler.pool.energies
 
     def spy_rule(current, proposed, rng):
         index, info = genuine_rule(current, proposed, rng)
@@ -171,7 +171,7 @@ def test_the_weights_of_a_step_are_the_formulas(dipeptide, make_context, make_sa
         batches.append((torch.as_tensor(positions).numpy().copy(), energies))
         return energies
 
-    monkeypatch.setattr(moves, rule, spy_rule)
+    monkeypatch.setattr(metropolis, rule, spy_rule)
     monkeypatch.setattr(sampler.pool, "energies", spy_energies)
     report = sampler.step(20)
     plain = make_context()

@@ -10,8 +10,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from openmm_bg import annealing, free_energy, moves, weights
+from openmm_bg import free_energy, weights
 from openmm_bg.errors import InputError
+from openmm_bg.moves import anneal
+from openmm_bg.rules import annealing, metropolis
 
 N_RIGHT = 100_000
 N_BROKEN = 50_000
@@ -235,7 +237,7 @@ def check_fold(fold, n=40_000, kappa=1.5, true_fold=3):
     rng = np.random.default_rng(33)
     v = rng.vonmises(0.0, kappa, n)
     z = (v + 2 * np.pi * rng.integers(true_fold, size=n)) / true_fold
-    state = moves.State(np.mod(z + np.pi, 2 * np.pi)[:, None] - np.pi, np.zeros(n))
+    state = metropolis.State(np.mod(z + np.pi, 2 * np.pi)[:, None] - np.pi, np.zeros(n))
     kernel = annealing.latent_kernel(circular=[True], concentration=[kappa], fold=[fold], width=1.0, n_steps=10)
     start = state.value
     state, _ = kernel(state, 0.5, lambda z: np.zeros(len(z)), rng)
@@ -290,8 +292,8 @@ def test_work_is_taken_where_the_formula_says():
         def kernel(state, lam, log_w, rng):
             x = state.value + step
             seen.append(lam)
-            new = moves.State(x, log_w(x))
-            return moves.metropolis_step(new, new, rng)
+            new = metropolis.State(x, log_w(x))
+            return metropolis.metropolis_step(new, new, rng)
 
         return kernel
 
@@ -300,7 +302,7 @@ def test_work_is_taken_where_the_formula_says():
 
     rng = np.random.default_rng(0)
     seen = []
-    start = moves.State(np.array([[0.0], [7.0]]), np.array([0.0, 70.0]))
+    start = metropolis.State(np.array([[0.0], [7.0]]), np.array([0.0, 70.0]))
     end, work, _ = annealing.up_leg(start, log_w, shift(1.0), [0.0, 0.2, 0.5, 1.0], rng)
     assert seen == [0.2, 0.5, 1.0] and end.value[:, 0].tolist() == [3.0, 10.0]
     expected = 0.2 * 0 + 0.3 * 10 + 0.5 * 20
@@ -410,7 +412,7 @@ def test_mistakes_are_named():
     with pytest.raises(InputError, match="x must have shape"):
         annealing.nonequilibrium_candidate_move(np.zeros(3), log_base, log_target, sample, KERNEL, [0, 1], rng)
     with pytest.raises(InputError, match="0 < λ"):
-        KERNEL(moves.State(np.zeros((1, 1)), np.zeros(1)), 0.0, lambda x: np.zeros(1), rng)
+        KERNEL(metropolis.State(np.zeros((1, 1)), np.zeros(1)), 0.0, lambda x: np.zeros(1), rng)
 
 
 # ------------------------------------------------------------------------------------------- a sampler's molecule
@@ -443,7 +445,7 @@ def test_anneal_agrees_with_plain_weights_of_a_real_flow(dipeptide_sampler, monk
     sampler = dipeptide_sampler
     plain = weights.log_mean_weight(sampler.sample(600).log_weights)
     before, stream = sampler.context.getState(positions=True).getPositions(asNumpy=True)._value, torch.get_rng_state()
-    ensemble, info = annealing.anneal(sampler, 150, np.linspace(0, 1, 5), seed=6)
+    ensemble, info = anneal(sampler, 150, np.linspace(0, 1, 5), seed=6)
     np.testing.assert_array_equal(sampler.context.getState(positions=True).getPositions(asNumpy=True)._value, before)
     assert torch.equal(torch.get_rng_state(), stream)
     assert ensemble.label == "exact" and ensemble.n == 150 and info.n_energies == 150 * 5
@@ -463,7 +465,7 @@ def test_anneal_agrees_with_plain_weights_of_a_real_flow(dipeptide_sampler, monk
     # What this binding alone could lose, whatever the quality of the flow: its volume change.
     forward = sampler.flow.forward
     monkeypatch.setattr(sampler.flow, "forward", lambda z: (forward(z)[0], torch.zeros(len(z), dtype=torch.float64)))
-    wrong = deviation(annealing.anneal(sampler, 100, [0.0, 1.0], seed=7)[0])
+    wrong = deviation(anneal(sampler, 100, [0.0, 1.0], seed=7)[0])
     print(f"H against A: {right:.1f} sigma; without the flow's log-determinant {wrong:.1f} sigma")
     assert right < 4.0
     assert wrong > 5.0
@@ -481,9 +483,9 @@ def test_anneals_kernel_knows_the_base_of_a_real_flow(dipeptide_sampler):
 
 def test_anneal_refuses_what_sample_refuses(dipeptide_sampler):
     with pytest.raises(InputError, match="number of walkers"):
-        annealing.anneal(dipeptide_sampler, 0, [0, 1])
+        anneal(dipeptide_sampler, 0, [0, 1])
     with pytest.raises(InputError, match="schedule"):
-        annealing.anneal(dipeptide_sampler, 2, [0, 0.5])
+        anneal(dipeptide_sampler, 2, [0, 0.5])
 
     import openmm_bg as bg
 
@@ -500,4 +502,4 @@ def test_anneal_refuses_what_sample_refuses(dipeptide_sampler):
         bg.BoltzmannGeneratorSampler(model.flow, context, 300.0, platform="Reference", n_workers=1) as sampler,
         pytest.raises(InputError, match="where the molecule stands"),
     ):
-        annealing.anneal(sampler, 2, [0, 1])
+        anneal(sampler, 2, [0, 1])

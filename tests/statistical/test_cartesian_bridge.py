@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch  # noqa: F401  (before openmm)
 
-from openmm_bg import annealing, bridge, free_energy, moves, weights
-from openmm_bg.bridge import CartesianBridge
+from openmm_bg import free_energy, weights
 from openmm_bg.errors import InputError
+from openmm_bg.moves import bridge
+from openmm_bg.moves.bridge import CartesianBridge
+from openmm_bg.rules import annealing, metropolis
 
 import openmm  # isort: skip
 
@@ -169,12 +171,12 @@ def check_annealing(toy, monkeypatch, constrained, broken=None):
     if broken == "no test":  # unadjusted dynamics: observables may look right, log Z does not
 
         def always(state, proposal, rng, log_ratio=None):
-            return moves.metropolis_step(state, proposal, rng, log_ratio=np.zeros(len(log_ratio)))
+            return metropolis.metropolis_step(state, proposal, rng, log_ratio=np.zeros(len(log_ratio)))
 
         monkeypatch.setattr(bridge, "metropolis_step", always)
     on = molecule.bridge(0.007 if broken == "no test" else 0.003)
     x = molecule.draw_flow(n, rng)
-    state = moves.State(x, on.log_w(x))
+    state = metropolis.State(x, on.log_w(x))
     kernel = on.hmc_kernel(n_leapfrog=6)
     end, log_w, info = annealing.up_leg(state, on.log_w, kernel, SCHEDULE, rng)
     print(f"acceptance {info.acceptance_rate:.3f}, ESS {weights.effective_sample_size(log_w):.3f}")
@@ -220,7 +222,7 @@ def check_switching(toy, monkeypatch, constrained, metropolised, broken=None, sc
         def walk(x):
             if metropolised:
                 run = annealing.down_leg if down else annealing.up_leg
-                state = moves.State(x, on.log_w(x))
+                state = metropolis.State(x, on.log_w(x))
                 end, work, _ = run(state, on.log_w, on.hmc_kernel(5), schedule, rng)
                 value = end.value
             else:
@@ -242,7 +244,7 @@ def check_switching(toy, monkeypatch, constrained, metropolised, broken=None, sc
         ratio = np.zeros(len(x)) if constrained or broken == "h left out" else log_h(new) - log_h(theta)
         return molecule.positions(new, r), ratio
 
-    state = moves.State(molecule.draw_target(n, rng), np.zeros(n))
+    state = metropolis.State(molecule.draw_target(n, rng), np.zeros(n))
     total = None
     for _ in range(2):
         state, info = annealing.moving_candidate_move(state, leg(True), refresh, leg(False), rng)
@@ -331,14 +333,14 @@ def test_forbidden_states():
     on = CartesianBridge(molecule.system, wall, 300.0, timestep=0.003)
     x = molecule.positions(np.array([1.8, 2.2]), np.full((2, 2), R0))
     assert np.isfinite(on.log_w(x))[0] and np.isneginf(on.log_w(x))[1]
-    state = moves.State(x[:1], on.log_w(x[:1]))
+    state = metropolis.State(x[:1], on.log_w(x[:1]))
     for _ in range(40):
         state, _ = on.hmc_kernel(5)(state, 1.0, on.log_w, rng)
     assert molecule.internal(state.value)[0][0] < 1.9
     assert np.isposinf(on.verlet_leg(x[1:], SUDDEN, 2, rng, down=True)[1][0])
     assert np.isneginf(on.verlet_leg(x[1:], SUDDEN, 2, rng)[1][0])
     wild = Molecule(False).bridge(1e3)
-    start = moves.State(x[:1], wild.log_w(x[:1]))
+    start = metropolis.State(x[:1], wild.log_w(x[:1]))
     state, info = wild.hmc_kernel(20)(start, 0.5, wild.log_w, rng)
     assert info.n_accepted == 0 and np.array_equal(state.value, x[:1])
     assert np.isneginf(wild.verlet_leg(x[:1], SUDDEN, 20, rng)[1][0])

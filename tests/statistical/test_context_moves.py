@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import openmm_bg as bg
-from openmm_bg.cartesian import CartesianNonequilibriumMove, anneal_cartesian
 from openmm_bg.free_energy import statistical_inefficiency
+from openmm_bg.moves.cartesian import CartesianNonequilibriumMove, anneal_cartesian
 from openmm_bg.standing import Standing
 from openmm_bg.weights import expectation, log_mean_weight
 

@@ -7,7 +7,8 @@ states are again independent and exact samples if, and only if, the moves are ri
 import numpy as np
 import pytest
 
-from openmm_bg import moves
+from openmm_bg.rules import metropolis
+from openmm_bg.rules.metropolis import State
 
 pytestmark = pytest.mark.statistical
 
@@ -71,7 +72,7 @@ def check_independence(toy, setting, broken=None):
         current_log_q = chains.flow.log_q(chains.y)
         if broken == "old log q":
             current_log_q = np.zeros(chains.n)
-        index, info = moves.independence_chain(
+        index, info = metropolis.independence_chain(
             chains.log_w(chains.y, current_log_q), chains.log_w(proposals, log_q), chains.rng
         )
         chains.take(proposals, index[:, -1])
@@ -91,7 +92,7 @@ def check_multiple(toy, setting, broken=None):
         log_w = chains.log_w(chains.y, chains.flow.log_q(chains.y))
         if broken == "current left out":
             log_w = np.full(chains.n, -np.inf)
-        index, info = moves.multiple_proposal_chain(log_w, chains.log_w(proposals, log_q)[:, None, :], chains.rng)
+        index, info = metropolis.multiple_proposal_chain(log_w, chains.log_w(proposals, log_q)[:, None, :], chains.rng)
         chains.take(proposals, index[:, -1])
         chains.move_s()
         total = info if total is None else total + info
@@ -105,7 +106,7 @@ def check_latent(toy, setting, broken=None, kappa=0.7):
     for _ in range(2 * ROUNDS):
         z, logdet = chains.flow.inverse(chains.y)
         log_w = chains.log_w(chains.y, chains.flow.base_log_prob(z) - logdet)
-        proposed = moves.latent_proposal(
+        proposed = metropolis.latent_proposal(
             z,
             chains.rng,
             circular=chains.flow.circular,
@@ -116,7 +117,7 @@ def check_latent(toy, setting, broken=None, kappa=0.7):
         )
         y, logdet = chains.flow.forward(proposed)
         log_w_proposed = chains.log_w(y, chains.flow.base_log_prob(proposed) - logdet)
-        state, info = moves.metropolis_step(moves.State(chains.y, log_w), moves.State(y, log_w_proposed), chains.rng)
+        state, info = metropolis.metropolis_step(State(chains.y, log_w), State(y, log_w_proposed), chains.rng)
         chains.x[:, : chains.flow.n_dim] = state.value
         chains.move_s()
         total = info if total is None else total + info
@@ -142,7 +143,7 @@ def check_general_latent(toy, setting, broken=None):
         log_pi, log_pi_proposed = chains.log_pi(chains.y), chains.log_pi(y)
         use_t = broken != "T left out"
         use_det = broken != "det left out"
-        ratio = moves.latent_log_ratio(
+        ratio = metropolis.latent_log_ratio(
             log_pi,
             logdet * use_det,
             log_pi_proposed,
@@ -150,8 +151,8 @@ def check_general_latent(toy, setting, broken=None):
             log_t(proposed, z) * use_t,
             log_t(z, proposed) * use_t,
         )
-        state, info = moves.metropolis_step(
-            moves.State(chains.y, log_pi), moves.State(y, log_pi_proposed), rng, log_ratio=ratio
+        state, info = metropolis.metropolis_step(
+            State(chains.y, log_pi), State(y, log_pi_proposed), rng, log_ratio=ratio
         )
         chains.x[:, : chains.flow.n_dim] = state.value
         chains.move_s()
@@ -231,7 +232,7 @@ def test_independence_chain_forgets_a_bad_start(toy):
     log_w = toy.log_pi(*toy.full(y, toy.S0), with_fixman=True) - log_q
     start = np.array([3.0, 0.7])
     log_w_start = toy.log_pi(*start, toy.S0, with_fixman=True) - flow.log_q(start)
-    index, _ = moves.independence_chain(np.full(chains, log_w_start), log_w, rng)
+    index, _ = metropolis.independence_chain(np.full(chains, log_w_start), log_w, rng)
     ref = toy.reference(with_fixman=True, r=toy.S0)
     # Mengersen and Tweedie 1996: the distance to the target is at most (1 - Z / max w)^n.
     grid = np.stack(np.meshgrid(np.linspace(-np.pi, np.pi, 300), np.linspace(0.01, 3.13, 300)), axis=-1)

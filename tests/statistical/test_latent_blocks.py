@@ -7,7 +7,8 @@ only if the moves are right.
 import numpy as np
 import pytest
 
-from openmm_bg import moves
+from openmm_bg.rules import metropolis
+from openmm_bg.rules.metropolis import State
 
 pytestmark = pytest.mark.statistical
 
@@ -68,7 +69,7 @@ def check_blocks(toy, setting, width, broken=None):
     for k in range(ROUNDS * dims):
         y = x[:, :dims]
         z, log_det = flow.inverse(y)
-        proposed = moves.latent_proposal(
+        proposed = metropolis.latent_proposal(
             z,
             rng,
             circular=flow.circular,
@@ -79,8 +80,8 @@ def check_blocks(toy, setting, width, broken=None):
             chosen=blocks[k % dims],
         )
         new, new_det = flow.forward(proposed)
-        state, info = moves.metropolis_step(
-            moves.State(y, log_w(y, z, log_det)), moves.State(new, log_w(new, proposed, new_det)), rng
+        state, info = metropolis.metropolis_step(
+            State(y, log_w(y, z, log_det)), State(new, log_w(new, proposed, new_det)), rng
         )
         x[:, :dims] = state.value
         if with_fixman:
@@ -130,7 +131,7 @@ def test_the_edges_of_a_sector(broken):
 
     def propose(value):
         z = value[:, None] / scale
-        out = moves.latent_proposal(z, rng, circular=[False], concentration=[0.0], fold=1, a=0.7, width=1.0)
+        out = metropolis.latent_proposal(z, rng, circular=[False], concentration=[0.0], fold=1, a=0.7, width=1.0)
         return scale * out[:, 0]
 
     for _ in range(8):
@@ -140,7 +141,7 @@ def test_the_edges_of_a_sector(broken):
         if broken == "sector forgotten":  # folded back inside, as the way through positions would do
             new = np.where(np.abs(new) >= edge, np.sign(new) * 2 * edge - new, new)
             new = np.clip(new, -edge * 0.999, edge * 0.999)
-        state, _ = moves.metropolis_step(moves.State(y[:, None], log_w(y)), moves.State(new[:, None], log_w(new)), rng)
+        state, _ = metropolis.metropolis_step(State(y[:, None], log_w(y)), State(new[:, None], log_w(new)), rng)
         y = state.value[:, 0]
     square = y**2
     z = abs(square.mean() - edge**2 / 3) / (square.std() / np.sqrt(n))
@@ -153,7 +154,7 @@ def test_a_redrawn_rotor_keeps_its_base(kappa_given, fold_given, right):
     """Fresh draws of a threefold rotor follow exp(κ cos 3z) on all three branches; the other dimension stays."""
     rng, n, kappa = np.random.default_rng(43), 40_000, 2.5
     z = np.stack([(rng.vonmises(0.0, kappa, n) + 2 * np.pi * rng.integers(-1, 2, n)) / 3.0, rng.normal(size=n)], axis=1)
-    new = moves.latent_proposal(
+    new = metropolis.latent_proposal(
         z,
         rng,
         circular=[True, False],

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from openmm_bg import annealing, moves
+from openmm_bg.rules import annealing, metropolis
 
 N_RIGHT, N_BROKEN = 100_000, 60_000
 SLOPE, SPREAD = 0.8, 0.6  # h(s|y) = N(0.8 y, 0.6²), q = N(0, 1)
@@ -81,7 +81,7 @@ def check(toy, broken=None, keep_s=True):
             ratio = np.zeros(n)
         return np.stack([y, x[:, 1]], 1), -ratio if broken == "h upside down" else ratio
 
-    state, total = moves.State(x, np.zeros(n)), None
+    state, total = metropolis.State(x, np.zeros(n)), None
     for _ in range(3):
         state, info = annealing.moving_candidate_move(state, leg(True), refresh, leg(False), rng)
         total = info if total is None else total + info
@@ -115,7 +115,7 @@ def test_lost_legs_and_impossible_starts():
     down = np.array([0.0, np.inf, -np.inf, -np.inf, 0.0, 0.0])
     up = np.array([-np.inf, 5.0, -4.0, -np.inf, 5.0, 5.0])
     log_h = np.array([0.0, 0.0, 0.0, 0.0, -np.inf, 0.0])
-    state = moves.State(x, np.array([0.0, 0.0, 0.0, 0.0, 0.0, np.inf]))
+    state = metropolis.State(x, np.array([0.0, 0.0, 0.0, 0.0, 0.0, np.inf]))
     rng = np.random.default_rng(0)
     with np.errstate(all="raise"):
         new, info = annealing.moving_candidate_move(

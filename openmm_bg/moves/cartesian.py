@@ -12,19 +12,20 @@ from torch import Tensor
 
 import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only then)
 
-from openmm_bg import annealing, moves
 from openmm_bg.artifact import Flow
-from openmm_bg.bridge import CartesianBridge
 from openmm_bg.coordinates import place_like
 from openmm_bg.energy import thermal_energy
 from openmm_bg.energy.snapshot import platform_properties
 from openmm_bg.ensemble import Ensemble
 from openmm_bg.errors import EnergyError, InputError
 from openmm_bg.force import FlowPotential
-from openmm_bg.latent import LatentSpace
 from openmm_bg.matching import first_line, require_count
+from openmm_bg.moves.base import ContextMove
+from openmm_bg.moves.bridge import CartesianBridge
+from openmm_bg.moves.latent_space import LatentSpace
+from openmm_bg.rules import annealing, metropolis
 from openmm_bg.sampler import FEW, BoltzmannGeneratorSampler
-from openmm_bg.standing import ContextMove, Report
+from openmm_bg.standing import Report
 
 FloatArray = NDArray[np.float64]
 
@@ -111,7 +112,7 @@ def anneal_cartesian(
     n_steps: int = 1,
     platform: str | None = None,
     seed: int | None = None,
-) -> tuple[Ensemble, moves.Info]:
+) -> tuple[Ensemble, metropolis.Info]:
     """Formula H with every coordinate moving: what `sampler.sample(n)` gives (A, C), with annealed weights.
 
     Walkers start from q g and are carried to the target by hybrid Monte Carlo under (1-λ) U_0 + λ U, U_0 being
@@ -163,7 +164,7 @@ def anneal_cartesian(
     if not _agrees(bridge, sampler, start.positions[alive[np.argmin(start.reduced_potentials[alive])]]):
         raise EnergyError("A bridge on that platform has other energies than the sampler: choose another platform.")
     x = start.positions[alive].reshape(len(alive), -1)
-    state = moves.State(x, bridge.log_w(x))
+    state = metropolis.State(x, bridge.log_w(x))
     kernel = bridge.hmc_kernel(n_leapfrog, n_steps)
     state, work, info = annealing.up_leg(state, bridge.log_w, kernel, lambdas, np.random.default_rng(seed))
     positions, log_weights = start.positions.copy(), np.full(n, -np.inf)
@@ -270,16 +271,16 @@ class CartesianNonequilibriumMove(ContextMove):
         bridge = self._follow(here)
         inside = standing.inside and np.isfinite(bridge.energies(here.reshape(-1))[0])
         before = bridge.n_energies
-        state = moves.State(here.reshape(1, -1).copy(), np.array([0.0 if inside else np.inf]))
-        total: moves.Info | None = None
+        state = metropolis.State(here.reshape(1, -1).copy(), np.array([0.0 if inside else np.inf]))
+        total: metropolis.Info | None = None
         for _ in range(n):
             if inside:
                 state, info = annealing.moving_candidate_move(
                     state, self._down, self._refresh, self._up, self.sampler.rng
                 )
             else:  # π_0 = 0: no leg is worth its energies, the rule keeps the state
-                state, info = moves.metropolis_step(
-                    state, moves.State(state.value, np.array([-np.inf])), self.sampler.rng
+                state, info = metropolis.metropolis_step(
+                    state, metropolis.State(state.value, np.array([-np.inf])), self.sampler.rng
                 )
             total = info if total is None else total + info
         assert total is not None
@@ -310,7 +311,7 @@ class CartesianNonequilibriumMove(ContextMove):
             return bridge.verlet_leg(x, self.schedule, self.n_verlet, rng, down=down)
         leg = annealing.down_leg if down else annealing.up_leg
         state, work, _ = leg(
-            moves.State(x, bridge.log_w(x)), bridge.log_w, bridge.hmc_kernel(self.n_verlet), self.schedule, rng
+            metropolis.State(x, bridge.log_w(x)), bridge.log_w, bridge.hmc_kernel(self.n_verlet), self.schedule, rng
         )
         return state.value, work
 

@@ -11,11 +11,13 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from openmm_bg import annealing, moves
-from openmm_bg.latent import LatentSpace, require_steps
 from openmm_bg.matching import require_count
+from openmm_bg.moves.base import ContextMove
+from openmm_bg.moves.latent import require_steps
+from openmm_bg.moves.latent_space import LatentSpace
+from openmm_bg.rules import annealing, metropolis
 from openmm_bg.sampler import BoltzmannGeneratorSampler
-from openmm_bg.standing import ContextMove, Report, Standing
+from openmm_bg.standing import Report, Standing
 
 FloatArray = NDArray[np.float64]
 
@@ -89,7 +91,7 @@ class NonequilibriumMove(ContextMove):
         require_count("The number of moves", n)
         standing = self.sampler.stand()
         z = self._space.inverse(standing.y) if standing.inside else standing.y.numpy()
-        total: moves.Info | None = None
+        total: metropolis.Info | None = None
         chosen: Tensor | None = None
         for _ in range(n):
             state, info = self._move(z, standing)
@@ -101,10 +103,10 @@ class NonequilibriumMove(ContextMove):
         self._count(total)
         return self.sampler.settle(standing, total, chosen)
 
-    def _move(self, z: FloatArray, standing: Standing) -> tuple[moves.State, moves.Info]:
+    def _move(self, z: FloatArray, standing: Standing) -> tuple[metropolis.State, metropolis.Info]:
         if not standing.inside:  # q = 0: no leg is worth its energies, the rule keeps the state
-            state = moves.State(z, np.array([np.inf]))
-            return moves.metropolis_step(state, moves.State(z, np.array([-np.inf])), self.sampler.rng)
+            state = metropolis.State(z, np.array([np.inf]))
+            return metropolis.metropolis_step(state, metropolis.State(z, np.array([-np.inf])), self.sampler.rng)
 
         def log_target(z: FloatArray) -> FloatArray:
             """log π(f(z), s) + log |det|."""

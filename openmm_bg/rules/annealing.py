@@ -24,20 +24,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from openmm_bg.errors import InputError
-from openmm_bg.moves import Info, State, latent_proposal, log_acceptance, metropolis_step
-
-if TYPE_CHECKING:
-    from openmm_bg.ensemble import Ensemble
-    from openmm_bg.sampler import BoltzmannGeneratorSampler
+from openmm_bg.rules.metropolis import Info, State, latent_proposal, log_acceptance, metropolis_step
 
 __all__ = [
-    "anneal",
     "annealed_importance_sampling",
     "check_schedule",
     "down_leg",
@@ -70,7 +64,7 @@ def reversible_kernel(propose: Callable[[FloatArray, np.random.Generator], Array
     ----------
     propose : callable
         ``propose(x, rng)`` -> x' [n, D] with q(x) T(x'|x) = q(x') T(x|x'), such as a draw from q or
-        `moves.latent_proposal`. Not a symmetric walk, unless q is uniform.
+        `metropolis.latent_proposal`. Not a symmetric walk, unless q is uniform.
     n_steps : int
         Steps at each λ, at least 1; each evaluates the target once per walker.
 
@@ -410,91 +404,3 @@ def moving_candidate_move(
     # work_up may be -inf where a start is outside, log_h too; never +inf, for up legs begin at π_0 > 0 or count as lost
     ratio = log_acceptance(work_down, np.where(np.isneginf(log_h) | np.isneginf(work_up), -np.inf, work_up + log_h))
     return metropolis_step(current, State(candidate, np.zeros_like(ratio)), rng, log_ratio=ratio)
-
-
-def anneal(
-    sampler: BoltzmannGeneratorSampler,
-    n: int,
-    schedule: ArrayLike,
-    *,
-    a: float = 0.3,
-    width: float = 0.3,
-    n_steps: int = 1,
-    seed: int | None = None,
-) -> tuple[Ensemble, Info]:
-    """Formula H for a sampler's flow and System: what `sampler.sample(n)` gives, with annealed weights.
-
-    The target, its label ("exact" or "rigid") and what is refused are those of `sampler.sample`. It costs about
-    n · n_steps · (len(schedule) - 1) energies; the Context is left alone, the sampler's own random stream moves on.
-
-    Parameters
-    ----------
-    sampler : BoltzmannGeneratorSampler
-    n : int
-        Number of walkers. All of them advance together; besides the result memory holds a few [n, D] arrays.
-    schedule : array_like
-        Increasing λ from 0 to 1.
-    a, width, n_steps
-        Of `latent_kernel`. An acceptance rate below 0.2 asks for smaller steps in a *new* run.
-    seed : int, optional
-
-    Returns
-    -------
-    ensemble : Ensemble
-        At the walkers' last positions; its log_weights are log W, its log_q and reduced potentials are of those
-        positions and do not enter the weights again.
-    info : Info
-        Of the kernels' steps.
-
-    Raises
-    ------
-    InputError
-        As `sampler.sample` and `annealed_importance_sampling`.
-    EnergyError
-        The Context no longer has the energies of its System.
-    """
-    import torch
-
-    from openmm_bg.ensemble import Ensemble
-    from openmm_bg.latent import LatentSpace
-
-    if n < 1:
-        raise InputError(f"The number of walkers must be at least 1, got {n}.")
-    check_schedule(schedule)
-    sampler.sample(1)  # refuses what formula A refuses, and fetches the parameters and box of the Context
-    coordinates, space = sampler.coordinates, LatentSpace(sampler)
-    fixed = coordinates.reference_fixed
-    rows = 4096  # bounds the memory of the map's intermediates
-
-    def evaluate(z: FloatArray, keep: bool = False) -> tuple[FloatArray, ...]:
-        """log π + log|det|, and with `keep` log|det|, u and positions."""
-        out: list[list[FloatArray]] = []
-        for start in range(0, len(z), rows):
-            y, log_det = space.forward(z[start : start + rows])
-            s = fixed.expand(len(y), -1)
-            log_pi, x = sampler.target.log_density_and_positions(y, s)
-            row = [(log_pi + log_det).numpy()]
-            if keep:
-                u = (coordinates.log_volume(y, s) - log_pi).nan_to_num(nan=torch.inf, posinf=torch.inf)
-                row += [log_det.numpy(), u.numpy(), x.numpy()]
-            out.append(row)
-        return tuple(np.concatenate(column) for column in zip(*out, strict=True))
-
-    kernel = latent_kernel(**space.base, a=a, width=width, n_steps=n_steps)
-    rng = np.random.default_rng(seed)
-    z, log_w, info = annealed_importance_sampling(
-        space.log_base, lambda z: evaluate(z)[0], space.draw, kernel, schedule, n, rng
-    )
-    _, log_det, reduced, positions = evaluate(z, keep=True)
-    return (
-        Ensemble(
-            positions=positions,
-            reduced_potentials=reduced,
-            log_q=space.log_base(z) - log_det,
-            log_weights=log_w,
-            n_nonfinite=int(np.isneginf(log_w).sum()),
-            label=sampler.label,
-            topology=sampler.flow.topology,
-        ),
-        info,
-    )

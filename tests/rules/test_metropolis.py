@@ -8,8 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from openmm_bg import moves
 from openmm_bg.errors import InputError
+from openmm_bg.rules import metropolis
+from openmm_bg.rules.metropolis import State
 
 INF = math.inf
 
@@ -31,7 +32,7 @@ def test_log_acceptance_table():
     ]
     current, proposed, expected = np.array(cases).T
     with np.errstate(all="raise"):
-        np.testing.assert_array_equal(moves.log_acceptance(current, proposed), expected)
+        np.testing.assert_array_equal(metropolis.log_acceptance(current, proposed), expected)
 
 
 @pytest.mark.parametrize("rule", ["independence", "multiple", "step"])
@@ -39,11 +40,11 @@ def test_infinite_weights_without_nan_arithmetic(rule):
     def last(current, proposed):
         with np.errstate(all="raise", under="ignore"):
             if rule == "independence":
-                return moves.independence_chain(current, [proposed] * 6, rng())[0][-1] >= 0
+                return metropolis.independence_chain(current, [proposed] * 6, rng())[0][-1] >= 0
             if rule == "multiple":
-                return moves.multiple_proposal_chain(current, [[proposed] * 2] * 6, rng())[0][-1] >= 0
-            old, new = moves.State(np.zeros(1), current), moves.State(np.ones(1), proposed)
-            return moves.metropolis_step(old, new, rng())[0].value[0] == 1
+                return metropolis.multiple_proposal_chain(current, [[proposed] * 2] * 6, rng())[0][-1] >= 0
+            old, new = State(np.zeros(1), current), State(np.ones(1), proposed)
+            return metropolis.metropolis_step(old, new, rng())[0].value[0] == 1
 
     assert not last(INF, 0.0)
     assert not last(INF, 1e300)
@@ -62,24 +63,24 @@ def test_infinite_weights_without_nan_arithmetic(rule):
 
 def test_independence_chain_reports_where_it_stands():
     # certain moves: up, impossible, up, far down, up
-    index, info = moves.independence_chain(0.0, [1e3, -INF, 2e3, 0.0, 3e3], rng())
+    index, info = metropolis.independence_chain(0.0, [1e3, -INF, 2e3, 0.0, 3e3], rng())
     np.testing.assert_array_equal(index, [0, 0, 2, 2, 4])
     assert (info.n_proposed, info.n_accepted, info.n_energies) == (5, 3, 5)
     assert info.longest_rejection_streak == 1
     assert info.acceptance_rate == pytest.approx(0.6)
     assert info.acceptance_probability == pytest.approx(0.6)
-    index, info = moves.independence_chain(0.0, [-1e3] * 4 + [1e3], rng())
+    index, info = metropolis.independence_chain(0.0, [-1e3] * 4 + [1e3], rng())
     np.testing.assert_array_equal(index, [-1, -1, -1, -1, 4])
     assert info.longest_rejection_streak == 4
 
 
 def test_multiple_proposals_index_flattened_candidates():
-    index, info = moves.multiple_proposal_chain(0.0, [[-INF, 1e3], [-INF, -INF], [5e3, 0.0]], rng())
+    index, info = metropolis.multiple_proposal_chain(0.0, [[-INF, 1e3], [-INF, -INF], [5e3, 0.0]], rng())
     np.testing.assert_array_equal(index, [1, 1, 4])
     assert (info.n_proposed, info.n_accepted, info.n_energies) == (3, 2, 6)
     assert info.acceptance_probability == pytest.approx(2 / 3)
     with pytest.raises(InputError, match="at least one proposal"):
-        moves.multiple_proposal_chain(0.0, np.zeros((3, 0)), rng())
+        metropolis.multiple_proposal_chain(0.0, np.zeros((3, 0)), rng())
 
 
 @pytest.mark.parametrize("chains", [(), (1,), (3,), (2, 3)])
@@ -89,8 +90,8 @@ def test_leading_axes_are_chains(chains):
     single = generator.normal(size=(*chains, 7))
     many = generator.normal(size=(*chains, 7, 4))
     for index, info, top in (
-        (*moves.independence_chain(current, single, rng()), 7),
-        (*moves.multiple_proposal_chain(current, many, rng()), 28),
+        (*metropolis.independence_chain(current, single, rng()), 7),
+        (*metropolis.multiple_proposal_chain(current, many, rng()), 28),
     ):
         assert index.shape == (*chains, 7)
         assert index.min() >= -1 and index.max() < top
@@ -99,7 +100,7 @@ def test_leading_axes_are_chains(chains):
         moved = np.diff(index, axis=-1, prepend=-1) > 0
         assert info.n_accepted == moved.sum()
     z = generator.normal(size=(*chains, 2))
-    state, info = moves.metropolis_step(moves.State(z, current), moves.State(z + 1, current + 0.1), rng())
+    state, info = metropolis.metropolis_step(State(z, current), State(z + 1, current + 0.1), rng())
     assert state.value.shape == z.shape and state.log_w.shape == current.shape
     assert info.n_accepted == info.n_proposed == current.size
 
@@ -108,7 +109,7 @@ def test_chains_do_not_mix():
     """A chain's proposals are its own: chains with certain moves end where they must."""
     current = np.array([0.0, INF, -INF])
     proposed = np.array([[1e3, -INF], [1e3, 1e3], [-INF, -7.0]])
-    index, info = moves.independence_chain(current, proposed, rng())
+    index, info = metropolis.independence_chain(current, proposed, rng())
     np.testing.assert_array_equal(index, [[0, 0], [-1, -1], [-1, 1]])
     assert info.longest_rejection_streak == 2
 
@@ -117,14 +118,14 @@ def test_reports_join_as_if_the_chain_had_run_in_one_piece():
     generator = rng()
     for _ in range(200):
         log_w = generator.normal(scale=3.0, size=(3, 12))
-        index, whole = moves.independence_chain(np.zeros(3), log_w, np.random.default_rng(1))
+        index, whole = metropolis.independence_chain(np.zeros(3), log_w, np.random.default_rng(1))
         moved = np.diff(index, axis=-1, prepend=-1) > 0
         before = np.concatenate(
             [np.zeros((3, 1)), np.where(index >= 0, np.take_along_axis(log_w, index, 1), 0.0)[:, :-1]], axis=1
         )
-        probability = np.exp(moves.log_acceptance(before, log_w))
+        probability = np.exp(metropolis.log_acceptance(before, log_w))
         cuts = [0, *sorted(generator.integers(0, 13, size=2)), 12]
-        pieces = [moves._report(moved[:, a:b], probability[:, a:b], 1) for a, b in itertools.pairwise(cuts)]
+        pieces = [metropolis._report(moved[:, a:b], probability[:, a:b], 1) for a, b in itertools.pairwise(cuts)]
         joined = pieces[0] + pieces[1] + pieces[2]
         for name in ("n_proposed", "n_accepted", "n_energies", "longest_rejection_streak"):
             assert getattr(joined, name) == getattr(whole, name), name
@@ -134,19 +135,19 @@ def test_reports_join_as_if_the_chain_had_run_in_one_piece():
         longest = max(len(run) for row in moved for run in "".join("01"[int(m)] for m in row).split("1"))
         assert whole.longest_rejection_streak == longest
     with pytest.raises(InputError, match="same chains"):
-        _ = whole + moves.independence_chain(0.0, [0.0], rng())[1]
+        _ = whole + metropolis.independence_chain(0.0, [0.0], rng())[1]
 
 
 def test_rejection_keeps_the_old_state_bit_for_bit():
     value = np.array([[0.1 + 0.2, -0.0, math.pi], [1.0, 2.0, 3.0]])
-    state = moves.State(value, np.array([0.0, 0.0]))
-    proposal = moves.State(value + 1.0, np.array([-INF, 1.0]))
-    new, _ = moves.metropolis_step(state, proposal, rng())
+    state = State(value, np.array([0.0, 0.0]))
+    proposal = State(value + 1.0, np.array([-INF, 1.0]))
+    new, _ = metropolis.metropolis_step(state, proposal, rng())
     assert new.value[0].tobytes() == value[0].tobytes()
     np.testing.assert_array_equal(new.value[1], value[1] + 1.0)
     np.testing.assert_array_equal(new.log_w, [0.0, 1.0])
     with pytest.raises(InputError, match="state's shape"):
-        moves.metropolis_step(state, moves.State(value[:, :2], state.log_w), rng())
+        metropolis.metropolis_step(state, State(value[:, :2], state.log_w), rng())
 
 
 @pytest.mark.statistical
@@ -154,7 +155,9 @@ def test_choice_follows_the_weights():
     """E from fixed candidates chooses each with its share; D accepts with w'/w."""
     n = 40_000
     candidates = np.array([0.3, -1.0, 1.2, -INF])
-    index, info = moves.multiple_proposal_chain(np.full(n, candidates[0]), np.tile(candidates[1:], (n, 1, 1)), rng())
+    index, info = metropolis.multiple_proposal_chain(
+        np.full(n, candidates[0]), np.tile(candidates[1:], (n, 1, 1)), rng()
+    )
     counts = np.bincount(index[:, 0] + 1, minlength=4)
     share = np.exp(candidates) / np.exp(candidates).sum()
     z = (counts - n * share)[:3] / np.sqrt(n * share * (1 - share))[:3]
@@ -163,7 +166,7 @@ def test_choice_follows_the_weights():
     assert info.acceptance_probability == pytest.approx(1 - share[0])
     doubled = np.exp(2 * candidates) / np.exp(2 * candidates).sum()
     assert np.abs((counts - n * doubled)[:3] / np.sqrt(n * doubled * (1 - doubled))[:3]).max() > 5
-    _, info = moves.independence_chain(np.zeros(n), np.full((n, 1), -0.7), rng())
+    _, info = metropolis.independence_chain(np.zeros(n), np.full((n, 1), -0.7), rng())
     p = math.exp(-0.7)
     assert abs(info.n_accepted - n * p) < 4 * math.sqrt(n * p * (1 - p))
     assert abs(info.n_accepted - n * p**2) > 5 * math.sqrt(n * p * (1 - p))
@@ -182,7 +185,7 @@ def check_base_is_invariant(kappa_given):
         axis=1,
     )
     for _ in range(3):
-        z = moves.latent_proposal(
+        z = metropolis.latent_proposal(
             z,
             generator,
             circular=[True, True, False],
@@ -218,10 +221,10 @@ def test_latent_proposal_about_other_centres_and_scales():
     """Under μ, σ of the user's own the proposal is the standard one, shifted and scaled."""
     z = np.random.default_rng(3).normal(size=(50, 2))
     common = {"circular": [False, False], "concentration": [0.0, 0.0], "fold": 1, "a": 0.4, "width": 1.0}
-    plain = moves.latent_proposal(z, rng(), **common)
-    moved = moves.latent_proposal(z * 2.0 + 5.0, rng(), mean=5.0, scale=2.0, **common)
+    plain = metropolis.latent_proposal(z, rng(), **common)
+    moved = metropolis.latent_proposal(z * 2.0 + 5.0, rng(), mean=5.0, scale=2.0, **common)
     np.testing.assert_allclose(moved, plain * 2.0 + 5.0)
-    assert np.all(moves.latent_proposal(z, rng(), **{**common, "a": 1e-9}) == pytest.approx(z))
+    assert np.all(metropolis.latent_proposal(z, rng(), **{**common, "a": 1e-9}) == pytest.approx(z))
 
 
 @pytest.mark.parametrize(
@@ -238,43 +241,43 @@ def test_latent_proposal_about_other_centres_and_scales():
 def test_latent_proposal_refuses(wrong):
     good = {"circular": [True, False], "concentration": [0.0, 0.0], "fold": 1, "a": 0.5, "width": 0.5}
     with pytest.raises(InputError):
-        moves.latent_proposal(np.zeros((4, 2)), rng(), **{**good, **wrong})
+        metropolis.latent_proposal(np.zeros((4, 2)), rng(), **{**good, **wrong})
 
 
 def test_latent_log_ratio():
-    assert moves.latent_log_ratio(-1.0, 0.2, -3.0, 0.7, -0.1, -0.4) == pytest.approx(-1.8)
+    assert metropolis.latent_log_ratio(-1.0, 0.2, -3.0, 0.7, -0.1, -0.4) == pytest.approx(-1.8)
     with np.errstate(all="raise"):
-        assert moves.latent_log_ratio(-1.0, 0.0, -INF, 0.0, 0.0, 0.0) == -INF
-        assert moves.latent_log_ratio(-INF, 0.0, -1.0, 0.0, 0.0, 0.0) == INF
-        assert moves.latent_log_ratio(-INF, 0.0, -INF, 0.0, 0.0, 0.0) == -INF
-        assert moves.latent_log_ratio(-1.0, 0.0, -1.0, 0.0, 0.0, -INF) == -INF
+        assert metropolis.latent_log_ratio(-1.0, 0.0, -INF, 0.0, 0.0, 0.0) == -INF
+        assert metropolis.latent_log_ratio(-INF, 0.0, -1.0, 0.0, 0.0, 0.0) == INF
+        assert metropolis.latent_log_ratio(-INF, 0.0, -INF, 0.0, 0.0, 0.0) == -INF
+        assert metropolis.latent_log_ratio(-1.0, 0.0, -1.0, 0.0, 0.0, -INF) == -INF
     with pytest.raises(InputError):
-        moves.latent_log_ratio(math.nan, 0.0, 0.0, 0.0, 0.0, 0.0)
+        metropolis.latent_log_ratio(math.nan, 0.0, 0.0, 0.0, 0.0, 0.0)
     with pytest.raises(InputError):
-        moves.latent_log_ratio(0.0, 0.0, 0.0, 0.0, -INF, 0.0)
+        metropolis.latent_log_ratio(0.0, 0.0, 0.0, 0.0, -INF, 0.0)
 
 
 def test_general_ratio_obeys_the_rules_for_infinite_weights():
     value = np.zeros((3, 1))
-    state = moves.State(value, np.array([INF, 0.0, 0.0]))
-    proposal = moves.State(value + 1, np.array([0.0, -INF, 0.0]))
-    new, _ = moves.metropolis_step(state, proposal, rng(), log_ratio=np.full(3, 50.0))
+    state = State(value, np.array([INF, 0.0, 0.0]))
+    proposal = State(value + 1, np.array([0.0, -INF, 0.0]))
+    new, _ = metropolis.metropolis_step(state, proposal, rng(), log_ratio=np.full(3, 50.0))
     np.testing.assert_array_equal(new.value[:, 0], [0.0, 0.0, 1.0])
     with pytest.raises(InputError, match="log_ratio"):
-        moves.metropolis_step(state, proposal, rng(), log_ratio=np.zeros(2))
+        metropolis.metropolis_step(state, proposal, rng(), log_ratio=np.zeros(2))
 
 
 @pytest.mark.parametrize("shapes", [((), ()), ((2,), (3, 4)), ((2,), (2, 3, 4))])
 def test_shapes_must_agree(shapes):
     with pytest.raises(InputError, match="log_w_proposed must have"):
-        moves.independence_chain(np.zeros(shapes[0]), np.zeros(shapes[1]), rng())
+        metropolis.independence_chain(np.zeros(shapes[0]), np.zeros(shapes[1]), rng())
     with pytest.raises(InputError, match="value must begin"):
-        moves.State(np.zeros(3), np.zeros(2))
+        State(np.zeros(3), np.zeros(2))
 
 
 def test_the_rules_import_neither_openmm_nor_torch():
     code = (
-        "import sys, openmm_bg.moves, openmm_bg.weights, openmm_bg.free_energy;"
+        "import sys, openmm_bg.rules.metropolis, openmm_bg.rules.annealing, openmm_bg.weights, openmm_bg.free_energy;"
         "print([m for m in ('openmm', 'torch', 'pymbar', 'arviz_stats', 'matplotlib', 'mdtraj')"
         " if m in sys.modules])"
     )
@@ -293,7 +296,7 @@ def test_latent_proposal_keeps_a_folded_base(fold_given, right):
     before = np.cos(3.0 * z)
     z = z[:, None]
     for _ in range(20):
-        z = moves.latent_proposal(
+        z = metropolis.latent_proposal(
             z, stream, circular=[True], concentration=[kappa], fold=[fold_given], a=0.5, width=0.6
         )
     after = np.cos(3.0 * z[:, 0])

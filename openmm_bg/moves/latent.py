@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from openmm_bg import moves
 from openmm_bg.errors import InputError
 from openmm_bg.matching import require_count
-from openmm_bg.sampler import CHUNK, FEW, BoltzmannGeneratorSampler
-from openmm_bg.standing import ContextMove, Report, Standing
+from openmm_bg.moves.base import ContextMove
+from openmm_bg.moves.latent_space import LatentSpace
+from openmm_bg.rules import metropolis
+from openmm_bg.sampler import BoltzmannGeneratorSampler
+from openmm_bg.standing import Report, Standing
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -27,56 +29,6 @@ Part = Literal["all", "backbone", "side chains"]
 
 #: Step sizes are adapted within these bounds; a walk by π rad forgets where it came from.
 SMALLEST_STEP, WIDEST_WALK = 1e-4, math.pi
-
-
-class LatentSpace:
-    """The latent side of a sampler's flow on arrays: z, its base density b, and the map to y.
-
-    Parameters
-    ----------
-    sampler
-        Whose flow and device are used.
-    """
-
-    def __init__(self, sampler: BoltzmannGeneratorSampler) -> None:
-        self.sampler = sampler
-
-    @property
-    def base(self) -> dict[str, Any]:
-        """``circular``, ``concentration`` and ``fold`` of the base, as `moves.latent_proposal` wants them."""
-        layout = self.sampler.coordinates.layout
-        return {"circular": layout.circular, "concentration": layout.concentration, "fold": layout.fold}
-
-    def _parts(self, z: FloatArray) -> list[Tensor]:
-        return list(torch.from_numpy(np.ascontiguousarray(z)).to(self.sampler.device).split(CHUNK))
-
-    def log_base(self, z: FloatArray) -> FloatArray:
-        """log b(z) [n] of z [n, D]."""
-        density = self.sampler.flow.density
-        with torch.no_grad():
-            values = [density.base_log_prob(part).cpu() for part in self._parts(z)]  # type: ignore[operator]
-        return torch.cat(values).numpy()
-
-    def forward(self, z: FloatArray) -> tuple[Tensor, Tensor]:
-        """y = f(z) [n, D] and log |det dy/dz| [n] of z [n, D], float64 on the CPU."""
-        with torch.no_grad(), torch.jit.optimized_execution(len(z) > FEW):
-            pairs = [self.sampler.flow.forward(part) for part in self._parts(z)]
-        y, log_det = (torch.cat(column).to("cpu", torch.float64) for column in zip(*pairs, strict=True))
-        return y, log_det
-
-    def inverse(self, y: Tensor) -> FloatArray:
-        """z [n, D] of y [n, D]."""
-        with torch.no_grad(), torch.jit.optimized_execution(len(y) > FEW):
-            z, _ = self.sampler.flow.inverse(y.to(self.sampler.device, torch.float64))
-        return z.to("cpu", torch.float64).numpy()
-
-    def draw(self, n: int, rng: np.random.Generator) -> FloatArray:
-        """n draws z ~ b, [n, D]; torch's global generator is left as it was."""
-        device = self.sampler.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(int(rng.integers(2**62)))
-            z = self.sampler.flow.density.sample_base(n)  # type: ignore[operator]
-        return z.to("cpu", torch.float64).numpy()
 
 
 class LatentMove(ContextMove):
@@ -190,16 +142,16 @@ class LatentMove(ContextMove):
             raise InputError(f"The acceptance to aim at must lie between 0 and 1, got {acceptance}.")
         return self._run(n, acceptance)[0]
 
-    def _run(self, n: int, aim: float | None) -> tuple[Report, moves.Info]:
+    def _run(self, n: int, aim: float | None) -> tuple[Report, metropolis.Info]:
         standing = self.sampler.stand()
         z = self._space.inverse(standing.y) if standing.inside else standing.y.numpy()
-        state = moves.State(z, np.array([standing.log_w]))
+        state = metropolis.State(z, np.array([standing.log_w]))
         chosen: Tensor | None = None
-        total: moves.Info | None = None
+        total: metropolis.Info | None = None
         start, log_factor = (self.a, self.width), 0.0
         for k in range(n):
             proposal, x = self._propose(state, standing)
-            state, info = moves.metropolis_step(state, proposal, self.sampler.rng)
+            state, info = metropolis.metropolis_step(state, proposal, self.sampler.rng)
             if info.n_accepted:
                 chosen = x[0]
             total = info if total is None else total + info
@@ -211,17 +163,17 @@ class LatentMove(ContextMove):
         assert total is not None
         return self.sampler.settle(standing, total, chosen), total
 
-    def _propose(self, state: moves.State, standing: Standing) -> tuple[moves.State, Tensor]:
+    def _propose(self, state: metropolis.State, standing: Standing) -> tuple[metropolis.State, Tensor]:
         """z' with its log-weight, and the positions [1, N, 3] of f(z')."""
         if not standing.inside:  # nothing can be accepted: the rule is told so, and an energy is saved
-            return moves.State(state.value, np.array([-np.inf])), standing.positions[None]
+            return metropolis.State(state.value, np.array([-np.inf])), standing.positions[None]
         rng = self.sampler.rng
         block = self.blocks[int(rng.integers(len(self.blocks)))]
-        z = moves.latent_proposal(state.value, rng, a=self.a, width=self.width, chosen=block, **self._space.base)
+        z = metropolis.latent_proposal(state.value, rng, a=self.a, width=self.width, chosen=block, **self._space.base)
         y, log_det = self._space.forward(z)
         log_q = torch.from_numpy(self._space.log_base(z)) - log_det
         x, log_w = self.sampler.weigh(standing, y, log_q)
-        return moves.State(z, log_w), x
+        return metropolis.State(z, log_w), x
 
 
 def require_steps(a: float, width: float) -> None:

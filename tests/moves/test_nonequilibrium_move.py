@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import openmm_bg as bg
-from openmm_bg import annealing, moves
 from openmm_bg.energy import thermal_energy
 from openmm_bg.errors import InputError
+from openmm_bg.rules import annealing, metropolis
 
 SCHEDULE = [0.0, 0.4, 1.0]
 
@@ -39,7 +39,7 @@ def test_both_legs_and_the_acceptance_are_the_formula(dipeptide, make_context, m
 
             def spy(x):
                 value = log_w(x)
-                visited.append(moves.State(np.array(x), value))
+                visited.append(metropolis.State(np.array(x), value))
                 return value
 
             end, work, info = genuine(state, spy, *rest)

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 import openmm_bg as bg
-from openmm_bg import annealing
 from openmm_bg.artifact import Flow
-from openmm_bg.cartesian import CartesianNonequilibriumMove, anneal_cartesian
 from openmm_bg.energy import thermal_energy
 from openmm_bg.errors import EnergyError, InputError
+from openmm_bg.moves.cartesian import CartesianNonequilibriumMove, anneal_cartesian
+from openmm_bg.rules import annealing
 
 import openmm  # isort: skip
 
@@ -216,7 +216,7 @@ def test_mistakes_are_named(dipeptide, make_context, make_sampler, monkeypatch):
     for make in (lambda: CartesianNonequilibriumMove(bare, SCHEDULE), lambda: anneal_cartesian(bare, 3, SCHEDULE)):
         with pytest.raises(InputError, match="no completion, hence no density in Cartesian"):
             make()
-    monkeypatch.setattr("openmm_bg.cartesian._agrees", lambda *args: False)
+    monkeypatch.setattr("openmm_bg.moves.cartesian._agrees", lambda *args: False)
     with pytest.raises(EnergyError, match="other energies than the sampler"):
         anneal_cartesian(sampler, 3, SCHEDULE)
     with pytest.raises(EnergyError, match="other energies than the sampler"):

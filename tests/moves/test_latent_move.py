@@ -5,10 +5,11 @@ import pytest
 import torch
 
 import openmm_bg as bg
-from openmm_bg import moves
 from openmm_bg.energy import thermal_energy
 from openmm_bg.errors import InputError
-from openmm_bg.latent import LatentMove, LatentSpace
+from openmm_bg.moves.latent import LatentMove
+from openmm_bg.moves.latent_space import LatentSpace
+from openmm_bg.rules import metropolis
 
 
 def snapshot(context):
@@ -26,14 +27,14 @@ def _no_profiling():
 @pytest.fixture
 def seen(monkeypatch):
     """(state, proposal, new state) of every accept-or-reject decision."""
-    found, genuine = [], moves.metropolis_step
+    found, genuine = [], metropolis.metropolis_step
 
     def spy(state, proposal, rng):
         new, info = genuine(state, proposal, rng)
         found.append((state, proposal, new))
         return new, info
 
-    monkeypatch.setattr(moves, "metropolis_step", spy)
+    monkeypatch.setattr(metropolis, "metropolis_step", spy)
     return found
 
 

@@ -21,11 +21,11 @@ from numpy.typing import ArrayLike, NDArray
 import torch  # noqa: F401  # isort: skip  (before OpenMM, or its torch plugin does not load)
 import openmm  # isort: skip
 
-from openmm_bg.annealing import Kernel, check_schedule
 from openmm_bg.energy import thermal_energy
 from openmm_bg.errors import InputError
 from openmm_bg.matching import first_line, require_count
-from openmm_bg.moves import Info, State, metropolis_step
+from openmm_bg.rules.annealing import Kernel, check_schedule
+from openmm_bg.rules.metropolis import Info, State, metropolis_step
 
 FloatArray = NDArray[np.float64]
 
