@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-import torch  # noqa: F401  (before openmm)
+import torch  # before openmm
 
 import openmm_bg as bg
 from openmm_bg.energy import BOLTZMANN
@@ -11,6 +11,10 @@ from openmm_bg.simulate import torsion_angle
 import openmm  # isort: skip
 
 PSI = (6, 8, 14, 16)
+
+#: Networks this small gain nothing from a second thread, and wait for it ten times longer than they compute wherever
+#: another process is busy.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

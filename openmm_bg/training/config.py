@@ -175,7 +175,8 @@ class TrainingConfig(_Strict):
         Keep the inputs of the coupling layers alone and pass each a second time in the backward pass: the same
         gradients from a fraction of the memory, for the time of one more forward pass.
     optimizer, weight_decay, gradient_clip
-        Adam or AdamW (decoupled decay), and the largest norm of a gradient (None: not clipped).
+        Adam or AdamW (decoupled decay), and the largest norm of the gradient of each loss before its weight λ
+        (None: not clipped). A clipped gradient has lost its scale: then λ sets what share of a step the loss has.
     ema_decay
         Decay per step of the exponential moving average of the weights, the one that is kept (0: none).
     weighting

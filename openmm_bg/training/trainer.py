@@ -291,15 +291,8 @@ class Trainer:
         self.objective.begin_step(self.step)
         terms, figures = self.objective.terms(stage, self._stage_step)
         weights = stage.losses.active()
-        loss = torch.zeros((), device=self.device)
-        for name, term in terms.items():
-            loss = loss + weights[name] * term
-        norm = torch.full((), float("nan"), device=self.device)
-        if loss.requires_grad:
-            loss.backward()
-            self.ranks.sum_gradients(self._parameters)
-            limit = self.config.gradient_clip
-            norm = nn.utils.clip_grad_norm_(self._parameters, math.inf if limit is None else limit, foreach=True)
+        norm = self._gradients([(weights[name], term) for name, term in terms.items()])
+        loss = torch.stack([weights[name] * term.detach() for name, term in terms.items()]).sum()
         # One transfer for all figures: on a GPU each would wait for the queue.
         reported = [figures.get(name, term) for name, term in terms.items()]
         values = torch.stack([x.detach().double() for x in (loss, norm, *reported)]).tolist()
@@ -322,6 +315,32 @@ class Trainer:
             dropped=figures["dropped"], skipped=int(not good), ess=figures["ess"],
             **dict(zip(terms, values[2:], strict=True)),
         )  # fmt: skip
+
+    def _gradients(self, terms: list[tuple[float, Tensor]]) -> Tensor:
+        """Leave the gradient of the weighted losses in the parameters; its norm, NaN without a loss to differentiate.
+
+        Each loss's gradient is clipped before its weight: clipped together, one that is thousands of times larger, as
+        an energy's is, would leave nothing of the others, whatever its weight.
+        """
+        terms = [(weight, term) for weight, term in terms if term.requires_grad]
+        limit = math.inf if self.config.gradient_clip is None else self.config.gradient_clip
+        for index, (weight, term) in enumerate(terms):
+            before = [p.grad for p in self._parameters]
+            for p in self._parameters:
+                p.grad = None
+            term.backward(retain_graph=index + 1 < len(terms))  # losses may share the samples' pass through the flow
+            self.ranks.sum_gradients(self._parameters)
+            nn.utils.clip_grad_norm_(self._parameters, limit, foreach=True)
+            for p, old in zip(self._parameters, before, strict=True):
+                if p.grad is not None:
+                    p.grad.mul_(weight)
+                    if old is not None:
+                        p.grad.add_(old)
+                else:
+                    p.grad = old
+        if not terms:
+            return torch.full((), float("nan"), device=self.device)
+        return nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None], foreach=True)
 
     def _update_average(self) -> None:
         if self.ema is None:

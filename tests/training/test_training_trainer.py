@@ -324,6 +324,32 @@ def test_bad_steps_are_skipped_and_counted_and_end_the_run(kit):
         Trainer(Sometimes(3), data, config, progress=False).run()
 
 
+@pytest.mark.parametrize("limit", [2.0, None])
+def test_each_loss_is_clipped_before_its_weight(kit, limit):
+    """A loss with a gradient ten thousand times larger has the share that its weight gives it, and no more."""
+    trainer = _trainer(kit, kit.torsion_data(400), kit.small_config(_stages(), gradient_clip=limit))
+    one, other = trainer._parameters[0], trainer._parameters[1]
+    generator = torch.Generator().manual_seed(3)
+    small, large = (torch.randn(one.shape, generator=generator) for _ in range(2))
+    third = torch.randn(other.shape, generator=generator)
+    # as in a step with reverse KL and W2, two of the three share a part of their graph
+    shared = (one * large).sum()
+    terms = [(1.0, (one * small).sum()), (0.25, 1e4 * shared + (other * third).sum()), (2.0, shared.square())]
+    norm = trainer._gradients(terms)
+
+    def clipped(*parts):
+        size = torch.cat([part.flatten() for part in parts]).norm()
+        return [part * (1.0 if limit is None else min(1.0, limit / float(size))) for part in parts]
+
+    second = clipped(1e4 * large, third)
+    expected = clipped(small)[0] + 0.25 * second[0] + 2.0 * clipped(2.0 * shared.detach() * large)[0]
+    torch.testing.assert_close(one.grad, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(other.grad, 0.25 * second[1], rtol=1e-4, atol=1e-6)
+    assert all(p.grad is None for p in trainer._parameters[2:])
+    total = torch.cat([one.grad.flatten(), other.grad.flatten()]).norm()
+    torch.testing.assert_close(norm, total, rtol=1e-5, atol=0.0)
+
+
 def test_dropped_samples_are_counted(kit):
     target = kit.GaussianTarget([0.0, 0.0], [1.0, 1.0], wall=0.5)
     y = torch.randn(2000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
