@@ -295,7 +295,7 @@ class TrainingConfig(_Strict):
                 ],
             )  # fmt: skip
         if name == "protein":
-            # W2 counts nm² summed over thousands of pairs of atoms, KL kT and NLL nats of the whole molecule.
+            # The gradients of all three are clipped: the weights are shares of a step.
             return cls(
                 batch_size=64,
                 w2_data_batch=512,
@@ -313,11 +313,11 @@ class TrainingConfig(_Strict):
                         sample_batch=64,
                     ),
                     Stage(
-                        name="nll+w2+kl", losses=LossWeights(nll=1.0, w2=0.5, kl=0.002), seconds=1440.0,
+                        name="nll+w2+kl", losses=LossWeights(nll=1.0, w2=0.5, kl=0.5), seconds=1440.0,
                         learning_rate=5e-4, sample_batch=32,
                     ),
                     Stage(
-                        name="nll+kl", losses=LossWeights(nll=1.0, kl=0.003), seconds=360.0, learning_rate=1e-4,
+                        name="nll+kl", losses=LossWeights(nll=1.0, kl=1.0), seconds=360.0, learning_rate=1e-4,
                         sample_batch=16,
                     ),
                 ],
