@@ -2,7 +2,8 @@
 
 `ContextPool` evaluates many frames at once in copies of the user's Context; `reduced_energy` makes that a
 differentiable torch function; `Target` combines it with a coordinate map into the log-density that a flow is
-weighed against; `regularise_energy` tames energies for training, and for training only.
+weighed against; `regularise_energy` tames energies for training, and for training only. `SystemTwin` evaluates a System
+without OpenMM, by its formulas in torch.
 """
 
 from .pool import ContextPool
@@ -11,10 +12,12 @@ from .regulariser import regularise_energy
 from .snapshot import make_context
 from .target import Target
 from .tuning import Tuning, tune
+from .twin import SystemTwin
 
 __all__ = [
     "BOLTZMANN",
     "ContextPool",
+    "SystemTwin",
     "Target",
     "Tuning",
     "in_kelvin",

@@ -319,8 +319,7 @@ class Trainer:
     def _gradients(self, terms: list[tuple[float, Tensor]]) -> Tensor:
         """Leave the gradient of the weighted losses in the parameters; its norm, NaN without a loss to differentiate.
 
-        Each loss's gradient is clipped before its weight: clipped together, one that is thousands of times larger, as
-        an energy's is, would leave nothing of the others, whatever its weight.
+        Each is clipped before its weight: together, one thousands of times larger, as an energy's is, would be all.
         """
         terms = [(weight, term) for weight, term in terms if term.requires_grad]
         limit = math.inf if self.config.gradient_clip is None else self.config.gradient_clip

@@ -1,0 +1,339 @@
+"""A System's energies and forces in batches, by torch instead of OpenMM."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only then)
+
+from ...errors import EnergyError, InputError
+from ..arrays import FARTHEST, as_frames
+from ..snapshot import EPSILON_SINGLE, LARGEST_TERM, make_context
+from ..workers import usable_cores
+from .evaluator import Evaluator
+from .system import Forces
+
+logger = logging.getLogger(__name__)
+
+#: Largest difference from OpenMM in float64, as a fraction of the energy and of the largest force component.
+TOLERANCE = 1.0e-5
+#: Largest difference of a force component in float32, as a fraction of the largest one.
+TOLERANCE_SINGLE = 1.0e-3
+
+#: Frames in a chunk: in torch, and on another device; least and most of them, and atoms of all, where pairs are
+#: compiled.
+CHUNK, CHUNK_DEVICE = 64, 1024
+CHUNK_COMPILED, CHUNK_ATOMS = (32, 256), 16_384
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far a twin is from a Context on the Reference platform.
+
+    Attributes
+    ----------
+    energy, force
+        Largest difference of an energy, kJ/mol, and of a force component, kJ/mol/nm.
+    relative_energy, relative_force
+        The same as fractions of the energy (of 1 kJ/mol, if it is smaller) and of the frame's largest force component.
+    of_rounding
+        Largest difference of an energy as a fraction of what single precision can make: 1e-4 of the energy, or 8
+        units of rounding of the largest single terms and of forces times positions (see `energy_tolerance`).
+    n_frames
+        Frames compared.
+    dtype
+        The twin's precision.
+    """
+
+    energy: float
+    force: float
+    relative_energy: float
+    relative_force: float
+    of_rounding: float
+    n_frames: int
+    dtype: torch.dtype
+
+    @property
+    def holds(self) -> bool:
+        """Whether the twin is right: to `TOLERANCE` in float64. In float32, whether it is not grossly wrong."""
+        if self.dtype == torch.float64:
+            return self.relative_energy <= TOLERANCE and self.relative_force <= TOLERANCE
+        return self.of_rounding <= 1.0 and self.relative_force <= TOLERANCE_SINGLE
+
+    def __str__(self) -> str:
+        return (
+            f"{self.energy:.2g} kJ/mol and {self.force:.2g} kJ/mol/nm (relative {self.relative_energy:.1g} and "
+            f"{self.relative_force:.1g}) in {str(self.dtype).removeprefix('torch.')} on {self.n_frames} frames"
+        )
+
+
+class SystemTwin:
+    """Evaluates batches of positions with the formulas of a System, no Context involved.
+
+    The System is read once, when the twin is made; later changes of it do not show. All energies of one twin count as
+    one energy function (docs/theory.md): compare old and new states with the same twin.
+
+    Parameters
+    ----------
+    system
+        Without periodic box, cutoffs and virtual sites.
+    positions
+        [F, N, 3] nm, frames on which the twin is compared with OpenMM's Reference platform, in float64 and in
+        ``dtype``.
+    dtype
+        ``torch.float64``, or ``torch.float32``, whose sums are float64 all the same.
+    device
+        Where to evaluate.
+    parameters
+        Global parameters that differ from their defaults.
+    compile
+        Whether to compile the loops over pairs, on a CPU (seconds at first, then kept: see `kernels`). Without a
+        compiler they run in torch, and one sentence is logged.
+
+    n_threads
+        Threads that share the chunks of a batch on a CPU. None: as many as torch may use.
+
+    Attributes
+    ----------
+    n_atoms
+        N.
+    n_threads
+        Threads in use.
+    parameters
+        Global parameters in use.
+    invariant
+        Whether no energy depends on where the molecule is.
+    compiled
+        Whether the loops over pairs are compiled.
+    deviation
+        From OpenMM in float64.
+    deviation_in_use
+        From OpenMM in ``dtype``.
+    n_energies, n_nonfinite
+        Frames evaluated, and those that came out as +inf: positions or energy not finite.
+
+    Raises
+    ------
+    InputError
+        A force that a twin does not know, wrong frames, or an unknown parameter.
+    EnergyError
+        The twin differs from OpenMM.
+
+    Examples
+    --------
+    >>> twin = SystemTwin(system, frames, dtype=torch.float32)  # doctest: +SKIP
+    >>> energies, forces = twin.energies_and_forces(positions)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        system: openmm.System,
+        positions: ArrayLike | Tensor,
+        *,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+        parameters: Mapping[str, float] | None = None,
+        compile: bool = False,
+        n_threads: int | None = None,
+    ) -> None:
+        if dtype not in (torch.float32, torch.float64):
+            raise InputError(f"dtype must be torch.float32 or torch.float64, not {dtype!r}.")
+        if n_threads is not None and (isinstance(n_threads, bool) or int(n_threads) != n_threads or n_threads < 1):
+            raise InputError(f"n_threads must be a whole number of at least 1, not {n_threads!r}.")
+        self.n_threads = n_threads or min(torch.get_num_threads(), len(usable_cores()))
+        self._executor: tuple[int, ThreadPoolExecutor] | None = None
+        self.n_atoms: int = system.getNumParticles()
+        self.dtype, self.device = dtype, torch.device(device)
+        self.n_energies = self.n_nonfinite = 0
+        frames = as_frames(positions, self.n_atoms)
+        if not len(frames) or not np.isfinite(frames).all():
+            raise InputError("A twin needs at least one frame of finite positions to be compared with OpenMM on.")
+        forces = Forces(system)
+        self.parameters = forces.parameters
+        self.invariant = forces.translation_invariant
+        self._evaluator = Evaluator(forces, dtype, self.device)
+        self.compiled = compile
+        if compile and (reason := self._evaluator.compile()) is not None:
+            self.compiled = False
+            logger.warning("The twin's loops over pairs are not compiled and run in torch: %s.", reason)
+        self._prepare(parameters or {})
+        exact = self
+        if dtype != torch.float64:
+            exact = object.__new__(SystemTwin)
+            exact.__dict__.update(self.__dict__, dtype=torch.float64, compiled=False, n_threads=1)
+            exact._evaluator = Evaluator(Forces(system), torch.float64, self.device)
+            exact._evaluator.prepare(self.parameters)
+        self.deviation = compare(exact, system, frames)
+        self.deviation_in_use = self.deviation if exact is self else compare(self, system, frames)
+        for found in (self.deviation, self.deviation_in_use):
+            if not found.holds:
+                raise EnergyError(f"The twin differs from OpenMM by {found}: use the Context pool.")
+        self.n_energies = self.n_nonfinite = 0
+        logger.info("A torch twin of the System differs from OpenMM by %s.", self.deviation_in_use)
+
+    def set_parameters(self, parameters: Mapping[str, float]) -> None:
+        """Change global parameters.
+
+        Raises
+        ------
+        InputError
+            The System has no such parameter.
+        """
+        self._prepare(parameters)
+
+    def _prepare(self, parameters: Mapping[str, float]) -> None:
+        unknown = sorted(parameters.keys() - self.parameters.keys())
+        if unknown:
+            raise InputError(f"The System has no global parameter {unknown[0]!r}.")
+        self.parameters = {**self.parameters, **{name: float(value) for name, value in parameters.items()}}
+        self._evaluator.prepare(self.parameters)
+
+    def energies(self, positions: ArrayLike | Tensor) -> NDArray[np.float64]:
+        """Potential energies.
+
+        Parameters
+        ----------
+        positions
+            [B, N, 3] nm; numpy array or torch tensor of any numeric type.
+
+        Returns
+        -------
+        ndarray
+            [B] float64 kJ/mol; +inf where positions or energy are not finite, or too large for ``dtype``.
+
+        Raises
+        ------
+        InputError
+            A wrong shape.
+        """
+        return self._numpy(positions, forces=False)[0]
+
+    def energies_and_forces(self, positions: ArrayLike | Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Potential energies [B] in kJ/mol, and forces [B, N, 3] in kJ/mol/nm, both float64.
+
+        Forces are zero where the energy is +inf, and in a frame any of whose forces is not finite.
+        """
+        energies, forces = self._numpy(positions, forces=True)
+        assert forces is not None
+        return energies, forces
+
+    def _numpy(self, positions: Any, *, forces: bool) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        frames = torch.from_numpy(as_frames(positions, self.n_atoms))
+        energies, found = self.evaluate(frames, forces=forces)
+        return energies.cpu().numpy(), None if found is None else found.to(torch.float64).cpu().numpy()
+
+    def evaluate(self, positions: Tensor, *, forces: bool = True) -> tuple[Tensor, Tensor | None]:
+        """As `energies_and_forces`, for a tensor on any device, without a graph.
+
+        Parameters
+        ----------
+        positions
+            [B, N, 3] nm.
+
+        Returns
+        -------
+        tuple
+            Energies [B] float64 and forces [B, N, 3] in ``dtype`` (or None), on the twin's device.
+        """
+        if positions.ndim != 3 or positions.shape[1:] != (self.n_atoms, 3):
+            raise InputError(f"positions must have shape [B, {self.n_atoms}, 3], not {list(positions.shape)}.")
+        moved = positions.detach().to(self.device)
+        energies = torch.empty(len(moved), dtype=torch.float64, device=self.device)
+        found = torch.empty(moved.shape, dtype=self.dtype, device=self.device) if forces else None
+        size = self._chunk_size()
+        chunks = [slice(start, min(start + size, len(moved))) for start in range(0, len(moved), size)]
+
+        @torch.no_grad()  # which holds in one thread only
+        def work(rows: slice) -> None:
+            self._chunk(moved[rows], energies[rows], None if found is None else found[rows])
+
+        if self.n_threads > 1 and len(chunks) > 1 and self.device.type == "cpu":
+            before = torch.get_num_threads()
+            try:
+                list(self._threads().map(work, chunks))
+            finally:
+                torch.set_num_threads(before)  # threads to come do as the last call said, and the workers said 1
+        else:
+            for rows in chunks:
+                work(rows)
+        with torch.no_grad():
+            sound = (moved.abs() < FARTHEST).all(dim=2).all(dim=1)  # NaN compares as False
+            good = sound & torch.isfinite(energies)
+            energies = torch.where(good, energies, torch.inf)
+            if found is not None:
+                found[~(good & torch.isfinite(found).all(dim=2).all(dim=1))] = 0.0
+        self.n_energies += int(sound.sum())
+        self.n_nonfinite += int((~good).sum())
+        return energies, found
+
+    def _chunk(self, part: Tensor, energies: Tensor, forces: Tensor | None) -> None:
+        """Evaluate a few frames [b, N, 3]; non-finite ones come out as anything."""
+        count = len(part)
+        if self.invariant:
+            # Single precision must not suffer from where the molecule is.
+            part = part - part.mean(dim=1, keepdim=True)
+        if missing := -count % self._evaluator.multiple:
+            part = torch.cat((part, part[-1:].expand(missing, -1, -1)))
+        x = part.to(self.dtype).permute(2, 1, 0).contiguous()
+        gradient = None if forces is None else torch.zeros_like(x)
+        energies.copy_(self._evaluator.evaluate(x, gradient)[:count])
+        if forces is not None and gradient is not None:
+            torch.neg(gradient.permute(2, 1, 0)[:count], out=forces)
+
+    def _chunk_size(self) -> int:
+        """Frames evaluated together: few, so that temporary arrays stay in the cache."""
+        if self.device.type != "cpu":
+            return CHUNK_DEVICE
+        if not self.compiled:
+            return CHUNK
+        return max(CHUNK_COMPILED[0], min(CHUNK_COMPILED[1], CHUNK_ATOMS // max(self.n_atoms, 1) // 16 * 16))
+
+    def _threads(self) -> ThreadPoolExecutor:
+        if self._executor is None or self._executor[0] != os.getpid():  # threads do not survive a fork
+            executor = ThreadPoolExecutor(self.n_threads, "openmm_bg-twin", torch.set_num_threads, (1,))
+            self._executor = os.getpid(), executor
+        return self._executor[1]
+
+    def close(self) -> None:
+        """End the threads; they start again if the twin is used again."""
+        if self._executor is not None and self._executor[0] == os.getpid():
+            self._executor[1].shutdown()
+        self._executor = None
+
+
+def compare(twin: SystemTwin, system: openmm.System, frames: NDArray[np.float64]) -> Deviation:
+    """Compare a twin with a Context on the Reference platform.
+
+    Raises
+    ------
+    InputError
+        Frames at which OpenMM has no finite energy.
+    """
+    context = make_context(system)
+    for name, value in twin.parameters.items():
+        context.setParameter(name, value)
+    energies, forces = twin.energies_and_forces(frames)
+    worst = np.zeros(5)
+    for frame, energy, force in zip(frames, energies, forces, strict=True):
+        context.setPositions(frame)
+        state = context.getState(energy=True, forces=True)
+        e, f = state.getPotentialEnergy()._value, np.asarray(state.getForces(asNumpy=True)._value)
+        if not (np.isfinite(e) and np.isfinite(f).all()):
+            raise InputError("The System has no finite energy on a frame that its twin is to be compared on.")
+        gaps = abs(energy - e), np.abs(force - f).max(initial=0.0)
+        scales = max(abs(e), 1.0), max(np.abs(f).max(initial=0.0), 1.0)
+        work = np.abs(f * (frame - frame.mean(axis=0))).sum() if twin.invariant else np.abs(f * frame).sum()
+        rounding = 1e-4 * abs(e) + 8.0 * EPSILON_SINGLE * (LARGEST_TERM * twin.n_atoms + work)
+        worst = np.maximum(worst, [*gaps, gaps[0] / scales[0], gaps[1] / scales[1], gaps[0] / rounding])
+    energy_gap, force_gap, relative_energy, relative_force, of_rounding = map(float, worst)
+    return Deviation(energy_gap, force_gap, relative_energy, relative_force, of_rounding, len(frames), twin.dtype)

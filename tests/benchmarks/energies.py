@@ -1,0 +1,188 @@
+"""Energies and forces of batches: plain loop, pool of Contexts and torch twin, as rows of docs/benchmarks.md.
+
+    OMP_NUM_THREADS=1 taskset -c 0 python tests/benchmarks/energies.py
+    python tests/benchmarks/energies.py --systems dipeptide-obc1 hp35-gbn2 --threads 2
+
+Prints a table for each system: frames per second, and their ratio to the limit of OpenMM's CPU platform, which is the
+same number of force evaluations inside ``integrator.step()`` in one Context a thread. All candidates take turns, so
+that they see the same machine, and the best turn of each counts. With one thread it is the CPU time of this process
+that is measured, which other processes disturb least; otherwise wall time. Positions are jittered by 4 pm. Every twin
+is compared with the Reference platform first, and a line says how far from it it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import importlib.util
+import logging
+import platform as machine
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from openmm_bg.energy import ContextPool, SystemTwin, make_context
+from openmm_bg.energy.implicit_solvent import with_equal_solvent
+from openmm_bg.errors import BGError
+
+import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only then)
+
+#: Atoms above which the Reference platform is hopeless.
+REFERENCE_ATOMS = 100
+
+SYSTEMS = ("dipeptide-vacuum", "dipeptide-obc1", "hp35-vacuum", "hp35-obc1", "hp35-obc2", "hp35-gbn2", "protein-g-gbn2")
+Call = Callable[[], object]
+
+
+def load(name: str) -> tuple[openmm.System, NDArray[np.float64]]:
+    """System and positions [N, 3] nm."""
+    molecule, _, solvent = name.rpartition("-")
+    if molecule == "dipeptide":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from openmmtools import testsystems
+
+            kind = testsystems.AlanineDipeptideVacuum if solvent == "vacuum" else testsystems.AlanineDipeptideImplicit
+            found = kind(constraints=None)
+        return found.system, np.asarray(found.positions.value_in_unit(openmm.unit.nanometer))
+    from openmm import app
+
+    path = Path(__file__).parents[1] / "coordinates" / "proteins.py"
+    spec = importlib.util.spec_from_file_location("proteins", path)
+    assert spec is not None and spec.loader is not None
+    sys.modules.setdefault("proteins", importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(sys.modules["proteins"])
+    topology, positions, *_ = sys.modules["proteins"].structure(molecule)
+    files = ["amber14-all.xml"] + ([] if solvent == "vacuum" else [f"implicit/{solvent}.xml"])
+    return app.ForceField(*files).createSystem(topology), np.asarray(positions)
+
+
+def cpu_context(system: openmm.System, frame: NDArray[np.float64]) -> openmm.Context:
+    """A Context on the CPU platform that uses one thread."""
+    platform = openmm.Platform.getPlatformByName("CPU")
+    context = openmm.Context(copy.deepcopy(system), openmm.VerletIntegrator(1e-7), platform, {"Threads": "1"})
+    context.setPositions(frame)
+    return context
+
+
+def plain_loop(context: openmm.Context, frames: NDArray[np.float64]) -> Call:
+    """One frame after the other, as OpenMM's manual has it."""
+
+    def run() -> None:
+        for frame in frames:
+            context.setPositions(frame)
+            state = context.getState(energy=True, forces=True)
+            state.getPotentialEnergy(), state.getForces(asNumpy=True)
+
+    return run
+
+
+def steps(system: openmm.System, frames: NDArray[np.float64], threads: int) -> Call:
+    """As many force evaluations as there are frames, inside the integrator, shared among Contexts."""
+    contexts = [cpu_context(system, frames[0]) for _ in range(threads)]
+
+    def run() -> None:
+        each = len(frames) // threads
+        workers = [threading.Thread(target=c.getIntegrator().step, args=(each,)) for c in contexts]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+
+    return run
+
+
+def candidates(system: openmm.System, frames: NDArray[np.float64], threads: int) -> dict[str, Call]:
+    """What is timed, by name."""
+    context = cpu_context(system, frames[0])
+    found = {
+        "limit: step(), CPU": steps(system, frames, threads),
+        "plain loop, CPU": plain_loop(context, frames),
+    }
+    platforms = ["CPU"]
+    if frames.shape[1] <= REFERENCE_ATOMS:
+        platforms.append("Reference")
+        reference = make_context(system)
+        reference.setPositions(frames[0])
+        found["plain loop, Reference"] = plain_loop(reference, frames)
+
+    def add_pool(name: str, which: openmm.System) -> None:
+        for platform in platforms:
+            pool = ContextPool(cpu_context(which, frames[0]), platform=platform, n_workers=threads)
+            found[f"{name}, {platform} x {threads}"] = lambda pool=pool: pool.energies_and_forces(frames)
+
+    add_pool("pool", system)
+    if (equal := with_equal_solvent(system)) is not None:
+        add_pool("pool, equal GBSAOBCForce", equal)
+    for dtype in (torch.float64, torch.float32):
+        for compiled in (False, True):
+            started = time.perf_counter()
+            twin = SystemTwin(system, frames[:2], dtype=dtype, compile=compiled, n_threads=threads)
+            kind = "compiled" if twin.compiled else "torch"
+            name = f"twin, {str(dtype).removeprefix('torch.')}, {kind}"
+            print(f"{name}: {twin.deviation_in_use}; made in {time.perf_counter() - started:.1f} s", flush=True)
+            found[name] = lambda twin=twin: twin.energies_and_forces(frames)
+    return found
+
+
+def rates(calls: dict[str, Call], n_frames: int, options: argparse.Namespace) -> dict[str, float]:
+    """Frames per second of each call, all taking turns."""
+    clock = time.process_time if options.threads == 1 else time.perf_counter
+    best = dict.fromkeys(calls, 0.0)
+    for turn in range(options.turns + 1):
+        for name, call in calls.items():
+            begin, count = clock(), 0
+            while count == 0 or clock() - begin < options.seconds:
+                call()
+                count += 1
+            if turn:  # the first one pays for caches
+                best[name] = max(best[name], count * n_frames / (clock() - begin))
+    return best
+
+
+def measure(name: str, options: argparse.Namespace) -> None:
+    """Print the table of one system."""
+    system, x = load(name)
+    noise = np.random.default_rng(0).normal(scale=0.004, size=(options.batch, *x.shape))
+    frames = np.ascontiguousarray(x + noise)
+    print(f"\n{name}: {len(x)} atoms, {options.batch} frames, {options.threads} thread(s)")
+    found = rates(candidates(system, frames, options.threads), len(frames), options)
+    limit = found["limit: step(), CPU"]
+    print("\n| | frames/s | of the limit |\n|---|---|---|")
+    for candidate, rate in found.items():
+        print(f"| {candidate} | {rate:,.0f} | {rate / limit:.2f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--systems", nargs="+", choices=SYSTEMS, default=["dipeptide-vacuum", "dipeptide-obc1", "hp35-obc2"]
+    )
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=0.5, help="least time of each candidate in each turn")
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)  # of openmmtools
+    torch.set_num_threads(options.threads)
+    print(
+        f"{datetime.date.today().isoformat()}, {machine.machine()}, torch {torch.__version__}, "
+        f"OpenMM {openmm.Platform.getOpenMMVersion()}"
+    )
+    for name in options.systems:
+        try:
+            measure(name, options)
+        except BGError as error:
+            print(f"{name}: {error}")
+
+
+if __name__ == "__main__":
+    main()
