@@ -3,7 +3,7 @@
 ``torch.jit.load(path)`` alone gives forward, inverse, log_prob and sample; everything else an OpenMM user needs
 (topology, System, representation, constraints, temperature, training record) is JSON in the extra file
 ``metadata.json``. A `reduced` flow may have a completion g(s|y), a TorchScript module of its own in the extra file
-``completion.pt``. The reader and writer below are the only place that knows TorchScript.
+``completion.pt``. The reader and writer below are the only place that knows the file.
 """
 
 from __future__ import annotations

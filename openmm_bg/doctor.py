@@ -1,26 +1,21 @@
 """What works on this machine: versions, platforms, CUDA, openmm-torch, the shipped flow. `openmm-bg doctor` prints it.
 
 A driver or a plugin that does not fit ends the process instead of raising. What may do so is tried in a process of its
-own, with a time limit.
+own (`openmm_bg.isolated`), with a time limit.
 """
 
 from __future__ import annotations
 
-import os
 import platform
-import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
-from importlib.util import find_spec
-from typing import Any
 
-#: Seconds that a probe may take; the first import of torch from a slow disk needs most of them.
-TIMEOUT = 120.0
+from openmm_bg.isolated import TIMEOUT, run_isolated
+from openmm_bg.openmm_torch import find_openmm_torch
+
 _DISTRIBUTIONS = ("openmm-bg", "openmm", "torch", "openmmtools", "mdtraj", "pymbar", "openmmtorch")
-_FALLBACK = "FlowForce uses openmm.PythonForce, which needs no plugin."
 
 
 @dataclass(frozen=True)
@@ -109,9 +104,12 @@ def _platforms(timeout: float) -> list[Finding]:
 
 
 def _openmm_torch(timeout: float) -> Finding:
-    if find_spec("openmmtorch") is None:
-        return Finding("openmm-torch", False, f"it is not installed: {_FALLBACK}")
-    return _isolated("openmm-torch", "probe_openmm_torch", timeout, otherwise=_FALLBACK)
+    works, found = find_openmm_torch(timeout)
+    if works:
+        flow = _isolated("FlowForce", "probe_force", timeout, "torch")
+        works, found = flow.works, f"{found}; {flow.detail}"
+    used = ", or a TorchForce where backend='torch' is given" if works else ", which needs no plugin"
+    return Finding("openmm-torch", works, f"{found.rstrip('.')}: FlowForce uses openmm.PythonForce{used}.")
 
 
 # -------------------------------------------------------------------- processes
@@ -127,58 +125,10 @@ def _isolated(
     return Finding(name, works, detail, needed)
 
 
-def run_isolated(code: str, timeout: float, *arguments: str) -> tuple[bool, str]:
-    """Run code in another Python with the same import path.
-
-    Parameters
-    ----------
-    code
-        Python source; its last line of output is the answer.
-    timeout
-        Seconds.
-    *arguments
-        For ``sys.argv[1:]``.
-
-    Returns
-    -------
-    works : bool
-        Whether it ended normally.
-    detail : str
-        The last line that it wrote, or how it ended.
-    """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code, *arguments],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout,
-            env=environment,
-        )
-    except subprocess.TimeoutExpired:
-        return False, f"no answer within {timeout:g} s"
-    except OSError as error:
-        return False, f"Python could not be started ({error.strerror or error})"
-    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
-    last = lines[-1].strip() if lines else ""
-    if done.returncode == 0:
-        return True, last
-    if done.returncode < 0:
-        try:
-            how = signal.Signals(-done.returncode).name
-        except ValueError:
-            how = f"signal {-done.returncode}"
-        return False, f"the process crashed ({how})"
-    return False, last or f"the process ended with code {done.returncode}"
-
-
 def main(probe: str) -> None:
     """Entry of the other process: one line of answer, or one line of error and code 1."""
     probes: dict[str, Callable[..., str]] = {
-        f.__name__: f
-        for f in (probe_platforms, probe_platform, probe_cuda, probe_openmm_torch, probe_flow, probe_force)
+        f.__name__: f for f in (probe_platforms, probe_platform, probe_cuda, probe_flow, probe_force)
     }
     try:
         answer = probes[probe](*sys.argv[1:])
@@ -204,27 +154,18 @@ def probe_platforms() -> str:
     return " ".join(p.getName() for p in sorted(found, key=lambda p: -p.getSpeed()))
 
 
-def _pair(name: str, *forces: Any) -> Any:
-    """A Context of two particles 0.1 nm apart."""
-    import openmm
-
-    system = openmm.System()
-    for _ in range(2):
-        system.addParticle(12.0)
-    for force in forces:
-        system.addForce(force)
-    context = openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName(name))
-    context.setPositions([(0.0, 0.0, 0.0), (0.1, 0.0, 0.0)])
-    return context
-
-
 def probe_platform(name: str) -> str:
     """Energy, forces and a step of a spring on this platform."""
     import openmm
 
     spring = openmm.HarmonicBondForce()
     spring.addBond(0, 1, 0.15, 1000.0)
-    context = _pair(name, spring)
+    system = openmm.System()
+    for _ in range(2):
+        system.addParticle(12.0)
+    system.addForce(spring)
+    context = openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName(name))
+    context.setPositions([(0.0, 0.0, 0.0), (0.1, 0.0, 0.0)])
     energy = context.getState(energy=True, forces=True).getPotentialEnergy()._value
     if abs(energy - 1.25) > 1e-4:
         raise RuntimeError(f"a spring of 1.25 kJ/mol has {energy:g} kJ/mol here")
@@ -243,40 +184,6 @@ def probe_cuda() -> str:
     if value != 8.0:
         raise RuntimeError(f"eight ones add up to {value:g} on the GPU")
     return torch.cuda.get_device_name()
-
-
-def probe_openmm_torch() -> str:
-    """A TorchForce in a Context and in a copied System: what fails in wrong combinations of versions."""
-    import copy
-    import tempfile
-
-    import torch  # isort: skip  (before OpenMM, or the plugin is not loaded)
-    import openmm  # isort: skip
-    import openmmtorch
-
-    with tempfile.TemporaryDirectory() as folder:
-        file = os.path.join(folder, "spring.pt")
-        torch.jit.script(_Spring()).save(file)
-        force = openmmtorch.TorchForce(file)
-        context = _pair("Reference", copy.deepcopy(force))
-        system = openmm.XmlSerializer.deserialize(openmm.XmlSerializer.serialize(context.getSystem()))
-        if system.getNumForces() != 1:
-            raise RuntimeError("a System loses its TorchForce when it is copied")
-        state = context.getState(energy=True, forces=True)
-    energy, slope = state.getPotentialEnergy()._value, state.getForces(asNumpy=True)._value[1, 0]
-    if abs(energy - 0.01) > 1e-5 or abs(slope + 0.2) > 1e-4:
-        raise RuntimeError(f"wrong energy {energy:g} or force {slope:g}")
-    return f"a TorchForce works and can be copied; {_FALLBACK}"
-
-
-def _Spring() -> Any:
-    import torch
-
-    class Spring(torch.nn.Module):
-        def forward(self, positions):
-            return (positions**2).sum()
-
-    return Spring()
 
 
 def probe_flow() -> str:
@@ -303,8 +210,8 @@ def probe_flow() -> str:
     return f"it loads, and {finite} of 64 samples have a finite weight"
 
 
-def probe_force() -> str:
-    """The energy of the shipped flow as an OpenMM force."""
+def probe_force(backend: str = "python") -> str:
+    """The energy of the shipped flow as an OpenMM force; that of another backend must be the same."""
     from importlib.resources import as_file, files
 
     from openmm_bg.data import FILE, load_alanine_dipeptide
@@ -312,14 +219,19 @@ def probe_force() -> str:
     import openmm  # isort: skip
 
     molecule = load_alanine_dipeptide()
-    system = molecule.system
-    for index in reversed(range(system.getNumForces())):
-        system.removeForce(index)
-    with as_file(files("openmm_bg.data") / FILE) as path:
-        system.addForce(FlowForce(path, molecule.flow.temperature))
-        context = openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference"))
+    energies = []
+    for kind in dict.fromkeys(("python", backend)):
+        system = molecule.system
+        for index in reversed(range(system.getNumForces())):
+            system.removeForce(index)
+        with as_file(files("openmm_bg.data") / FILE) as path:
+            system.addForce(FlowForce(path, molecule.flow.temperature, backend=kind))
+        reference = openmm.Platform.getPlatformByName("Reference")
+        context = openmm.Context(system, openmm.VerletIntegrator(0.001), reference)
         context.setPositions(molecule.positions)
-        energy = context.getState(energy=True, forces=True).getPotentialEnergy()._value
-    if not abs(energy) < float("inf"):
-        raise RuntimeError(f"the energy of the shipped positions is {energy}")
-    return "the shipped flow works as a PythonForce"
+        energies.append(context.getState(energy=True, forces=True).getPotentialEnergy()._value)
+    if not all(abs(energy) < float("inf") for energy in energies):
+        raise RuntimeError(f"the energy of the shipped positions is {energies[-1]}")
+    if abs(energies[-1] - energies[0]) > 1e-5 * abs(energies[0]):
+        raise RuntimeError(f"the shipped flow has {energies[0]:g} kJ/mol in one backend, {energies[-1]:g} in the other")
+    return f"the shipped flow works as a {'PythonForce' if backend == 'python' else 'TorchForce'}"

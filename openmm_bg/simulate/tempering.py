@@ -8,7 +8,6 @@ away again (docs/theory.md, notation: a biased ensemble is one more proposal wit
 from __future__ import annotations
 
 import logging
-import math
 import os
 import threading
 import time
@@ -117,39 +116,6 @@ class TemperedTrajectory:
     seconds: float
 
 
-class _Ladder(app.ReplicaExchangeSampler):
-    """OpenMM's replica exchange, with a random stream of its own and frames of the coldest state kept in memory."""
-
-    def __init__(self, states, simulation, steps_per_iteration, steps_per_frame, seed):
-        super().__init__(states, simulation, steps_per_iteration)
-        self._rng = np.random.default_rng(seed)
-        self._steps_per_frame = steps_per_frame
-        self._kt = [BOLTZMANN * s["temperature"].value_in_unit(unit.kelvin) for s in states]
-        self.frames: list[np.ndarray] = []
-        self.record = False
-
-    def simulateReplica(self, index, steps=None):
-        if self.replicaStateIndex[index] != 0 or not self.record:
-            super().simulateReplica(index, steps)
-            return
-        context = self.simulation.context
-        for _ in range(max(1, self.stepsPerIteration // self._steps_per_frame)):
-            super().simulateReplica(index, self._steps_per_frame)
-            frame = context.getState(positions=True).getPositions(asNumpy=True)._value
-            self.frames.append(frame.astype(np.float32))
-
-    def exchangeReplicas(self):
-        # Temperature exchange of neighbours, even and odd pairs in turn, drawn from this ladder's own stream (the
-        # parent draws from Python's global one, which two threads share).
-        order = np.argsort(self.replicaStateIndex)
-        energy = [self.replicaStateEnergy[r][0].value_in_unit(unit.kilojoules_per_mole) for r in order]
-        for low in range(self.currentIteration % 2, len(order) - 1, 2):
-            log_ratio = (1 / self._kt[low] - 1 / self._kt[low + 1]) * (energy[low] - energy[low + 1])
-            if math.log(self._rng.random() or 1e-300) < log_ratio:
-                a, b = int(order[low]), int(order[low + 1])
-                self.replicaStateIndex[a], self.replicaStateIndex[b] = low + 1, low
-
-
 def temperature_ladder(lowest: float, highest: float, n: int) -> list[float]:
     """``n`` temperatures in geometric progression, K."""
     if not 0 < lowest <= highest or n < 1:
@@ -203,11 +169,15 @@ def tempered_md(
     """
     if (seconds is None) == (iterations is None):
         raise InputError("Give tempered_md either seconds or iterations.")
+    if not hasattr(app, "ReplicaExchangeSampler"):
+        raise InputError(f"Tempered MD needs OpenMM 8.6 or later, this is {openmm.version.version}: update OpenMM.")
+    from .ladder import Ladder
+
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
     n_ladders = len(cores) if n_ladders is None else n_ladders
     xml = openmm.XmlSerializer.serialize(system)
     started = time.monotonic()
-    ladders: list[_Ladder | None] = [None] * n_ladders
+    ladders: list[Ladder | None] = [None] * n_ladders
     energies = [0] * n_ladders
     failures: list[BaseException] = []
     stop = threading.Event()
@@ -226,7 +196,7 @@ def tempered_md(
             simulation.minimizeEnergy(maxIterations=100)
             simulation.context.setVelocitiesToTemperature(temperatures[0], seed + which + 1)
             states = [{"temperature": t * unit.kelvin} for t in temperatures]
-            ladder = _Ladder(states, simulation, steps_per_exchange, steps_per_frame, [seed, which])
+            ladder = Ladder(states, simulation, steps_per_exchange, steps_per_frame, [seed, which])
             ladders[which] = ladder
             ladder.simulate(20)  # leave the minimum before anything is kept
             ladder.record = True

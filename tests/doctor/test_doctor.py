@@ -10,7 +10,8 @@ from click.testing import CliRunner
 
 from openmm_bg import doctor
 from openmm_bg.cli import main
-from openmm_bg.doctor import Finding, Report, examine, run_isolated
+from openmm_bg.doctor import Finding, Report, examine
+from openmm_bg.isolated import run_isolated
 
 
 @pytest.fixture(scope="module")
@@ -43,71 +44,6 @@ def test_cuda_is_what_torch_says(report):
     assert report.cuda.works == torch.cuda.is_available()
     if not report.cuda.works:
         assert "torch" in report.cuda.detail and "CPU" in report.cuda.detail
-
-
-# -------------------------------------------------------------------- a plugin that does not fit
-
-
-@pytest.fixture
-def plugin(tmp_path, monkeypatch):
-    """Put a module ``openmmtorch`` with this source in front of any real one."""
-
-    def install(source):
-        (tmp_path / "openmmtorch.py").write_text(source)
-        monkeypatch.syspath_prepend(tmp_path)
-
-    return install
-
-
-BROKEN_PLUGINS = {
-    "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)": "crashed (SIGSEGV)",
-    "raise ImportError('libnvrtc.so.12: cannot open shared object file')": "libnvrtc.so.12",
-    "import time; time.sleep(60)": "no answer within 3 s",
-    "class TorchForce:\n    def __init__(self, file): raise RuntimeError('set_stride\\nis not allowed')": "set_stride",
-}
-
-
-@pytest.mark.parametrize(("source", "found"), BROKEN_PLUGINS.items(), ids=["crash", "import", "hang", "raise"])
-def test_broken_openmm_torch_is_survived(plugin, source, found):
-    plugin(source)
-    finding = doctor._openmm_torch(3.0 if "sleep" in source else doctor.TIMEOUT)
-    assert not finding.works and not finding.needed
-    assert found in finding.detail and "PythonForce" in finding.detail and "\n" not in finding.detail
-
-
-def test_working_openmm_torch_is_found(plugin):
-    """A stand-in whose TorchForce is a PythonForce of the same spring: the probe itself is right."""
-    plugin(
-        "import numpy, openmm\n"
-        "def compute(state):\n"
-        "    x = numpy.asarray(state.getPositions(asNumpy=True)._value)\n"
-        "    return (x**2).sum(), FACTOR * x\n"
-        "FACTOR = -2\n"
-        "def TorchForce(file):\n"
-        "    assert open(file, 'rb').read(2) == b'PK'\n"
-        "    return openmm.PythonForce(compute)\n"
-    )
-    finding = doctor._openmm_torch(doctor.TIMEOUT)
-    assert finding.works, finding
-    assert "TorchForce works" in finding.detail
-
-
-def test_wrong_forces_of_openmm_torch_are_found(plugin):
-    plugin(
-        "import openmm\n"
-        "def TorchForce(file):\n"
-        "    force = openmm.CustomExternalForce('3*x^2')\n"
-        "    force.addParticle(1)\n"
-        "    return force\n"
-    )
-    finding = doctor._openmm_torch(doctor.TIMEOUT)
-    assert not finding.works and "wrong energy" in finding.detail
-
-
-def test_missing_openmm_torch(monkeypatch):
-    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
-    finding = doctor._openmm_torch(1.0)
-    assert not finding.works and "not installed" in finding.detail and "PythonForce" in finding.detail
 
 
 # -------------------------------------------------------------------- processes

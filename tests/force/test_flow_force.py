@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import openmm_bg as bg
-from openmm_bg import force as force_module
 from openmm_bg.energy import BOLTZMANN
 from openmm_bg.errors import ArtifactError, InputError
 from openmm_bg.force import FlowForce, FlowPotential
+from openmm_bg.force import potential as force_module
 
 import openmm  # isort: skip
 
@@ -235,7 +235,8 @@ def test_copies_and_xml(small, frame, forget):
     potential = potential_of(small.path)
     assert pickle.loads(pickle.dumps(potential)) == potential
     for twin in (copy.deepcopy(system), openmm.XmlSerializer.deserialize(text)):
-        assert twin.getForce(0).getName() == "FlowForce"
+        if hasattr(openmm.PythonForce, "setParticles"):  # OpenMM 8.5 forgets names
+            assert twin.getForce(0).getName() == "FlowForce"
         assert energy_of(context_of(twin, frame)) == expected
     assert len(force_module._flows) == 1
 
@@ -257,6 +258,7 @@ def test_xml_in_another_process(small, frame, tmp_path):
     assert float(run.stdout) == pytest.approx(energy_of(context_of(system, frame)), abs=1e-6)
 
 
+@pytest.mark.skipif(not hasattr(openmm.PythonForce, "setParticles"), reason="OpenMM < 8.6 has no setParticles")
 def test_part_of_a_larger_system(small, frame):
     expected = energy_of(context_of(system_of(small.system, FlowForce(small.path, TEMPERATURE)), frame))
     system = openmm.System()
@@ -358,6 +360,9 @@ def test_bad_arguments(small, tmp_path):
         FlowForce(small.path, 300, parameter="")
     with pytest.raises(InputError, match="path"):
         FlowForce(small.flow, 300)
+    with pytest.raises(InputError, match="backend 'Torch' of FlowForce: choose 'python' or 'torch'") as error:
+        FlowForce(small.path, 300, backend="Torch")
+    assert one_sentence(error)
 
 
 @pytest.mark.parametrize("fate", ["changed", "vanished"])
@@ -393,6 +398,7 @@ def test_wrong_particles_and_free_lengths_are_told(small, frame):
     with pytest.raises(openmm.OpenMMException, match="5 atoms, FlowForce got 6 particles") as error:
         energy_of(context_of(system, np.zeros((6, 3))))
     assert one_sentence(error)
+    assert ("OpenMM 8.6" in str(error.value)) == (not hasattr(openmm.PythonForce, "setParticles"))
     stretched = frame.copy()
     stretched[3] += 0.2 * (frame[3] - frame[2])
     with pytest.raises(openmm.OpenMMException, match="the constraints that the flow was trained with") as error:

@@ -1,4 +1,4 @@
-"""`FlowForce`: the flow's own potential as an OpenMM force, so that MD under it samples the flow (docs/theory.md).
+"""The function behind a PythonForce: the flow's potential, so that MD under it samples the flow (docs/theory.md).
 
 OpenMM pickles the function behind a ``PythonForce`` whenever a System is copied or written. A network has no place in
 that: `FlowPotential` carries the artifact's path and sha256, and every process reads each artifact once.
@@ -7,11 +7,9 @@ that: `FlowPotential` carries the artifact's path and sha256, and every process 
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +19,6 @@ from torch import Tensor
 import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only then)
 
 from openmm_bg.artifact import Flow, load
-from openmm_bg.energy import thermal_energy
 from openmm_bg.errors import ArtifactError, InputError
 
 #: How far a length that the flow does not model may be from its constrained value, nm: far more than a minimiser's soft
@@ -30,77 +27,6 @@ LENGTH_SLACK = 0.01
 
 _flows: dict[str, Flow] = {}  # by sha256: the same bytes are the same flow, wherever they lie
 _lock = threading.Lock()
-
-
-def FlowForce(
-    path: str | os.PathLike[str] | Flow, temperature: Any, parameter: str = "flow_scale"
-) -> openmm.PythonForce:
-    """A force whose potential is ``-kT (log q(y) + log g(s|y) - log J - Φ)`` times a global parameter.
-
-    MD at ``temperature`` under this force alone samples the flow. The System must have the masses and constraints
-    that the flow was trained with: they make up Φ, and nothing else holds the constrained lengths. g is the completion
-    of a `reduced` flow; a `full` one needs none.
-
-    Parameters
-    ----------
-    path
-        Artifact of a `full` flow, or of a `reduced` one with a completion.
-    temperature
-        K or Quantity: kT of the potential.
-    parameter
-        Name of the global parameter, 1 by default, that multiplies energy and forces:
-        ``context.setParameter("flow_scale", 0.5)``. It has no energy derivative, for a PythonForce has none.
-
-    Returns
-    -------
-    openmm.PythonForce
-        Computed on the CPU, log q, log J and Φ in float64. It acts on all particles; in a larger System name the
-        molecule's with ``setParticles``. XML and copies of the System hold the artifact's path and sha256, not the
-        flow, in a pickle: read only XML that you trust.
-
-    Raises
-    ------
-    ArtifactError
-        The artifact cannot be read. In MD, as an OpenMMException: in a process that has not read it yet, the file
-        has vanished or changed.
-    InputError
-        The flow is `reduced` without a completion; a bad temperature or parameter name. In MD, as an OpenMMException:
-        another number of particles, or kept lengths that the System does not constrain.
-
-    Notes
-    -----
-    Where q = 0 (another chirality or amide isomer, a domain's edge) the energy is +inf, also in sums with other
-    forces, and Metropolis tests on it reject. MD does not crash there: the forces are those of the flow's density
-    continued past its edge, whose tails lead back, or zero where these are not finite. Frames with an infinite energy
-    are no samples of the flow. NaN positions give NaN, as with OpenMM's own forces.
-
-    Examples
-    --------
-    >>> import openmm_bg as bg
-    >>> from importlib.resources import files
-    >>> system = bg.load_alanine_dipeptide().system
-    >>> for index in reversed(range(system.getNumForces())):
-    ...     system.removeForce(index)
-    >>> system.addForce(bg.FlowForce(files("openmm_bg.data") / "alanine_dipeptide.bg", 300))
-    0
-    """
-    if isinstance(path, Flow):
-        raise InputError("FlowForce needs the artifact's path, not a Flow: write it with flow.save() first.")
-    if not isinstance(parameter, str) or not parameter:
-        raise InputError(f"The name of the global parameter must be a non-empty string, not {parameter!r}.")
-    kT = thermal_energy(temperature)
-    file = Path(path).absolute()
-    flow, digest = _read(file)
-    if not flow.is_complete:
-        kept = [c for c in flow.coordinates.coordinates if not (c.modelled or c.constrained)]
-        raise InputError(
-            f"{file} holds a {flow.representation!r} flow, which says nothing of {len(kept)} coordinates: its force "
-            "needs a completion, their density given the rest, so train it anew, or with representation='full'."
-        )
-    _flows.setdefault(digest, flow)
-    force = openmm.PythonForce(FlowPotential(str(file), digest, kT, parameter), {parameter: 1.0})
-    force.setName("FlowForce")
-    return force
 
 
 @dataclass(frozen=True)
@@ -136,7 +62,7 @@ class FlowPotential:
             return found
         with _lock:
             if self.sha256 not in _flows:
-                flow, digest = _read(Path(self.path))
+                flow, digest = read_flow(Path(self.path))
                 if digest != self.sha256:
                     raise ArtifactError(
                         f"{self.path} has changed since its FlowForce was made: restore it, or make the force anew."
@@ -155,9 +81,14 @@ class FlowPotential:
         flow = self.flow
         coordinates = flow.coordinates
         if positions.shape[1:] != (coordinates.n_atoms, 3):
+            # OpenMM 8.5 has no such method; a force that it cannot restrict is good for the molecule alone.
+            remedy = (
+                "name the molecule's with setParticles()"
+                if hasattr(openmm.PythonForce, "setParticles")
+                else "it takes the molecule alone, or OpenMM 8.6, whose setParticles() names the molecule's"
+            )
             raise InputError(
-                f"The flow has {coordinates.n_atoms} atoms, FlowForce got {positions.shape[1]} particles: "
-                "name the molecule's with setParticles()."
+                f"The flow has {coordinates.n_atoms} atoms, FlowForce got {positions.shape[1]} particles: {remedy}."
             )
         y, s = coordinates.to_internal(positions)
         held = [k for k, c in enumerate(c for c in coordinates.coordinates if not c.modelled) if c.constrained]
@@ -202,8 +133,14 @@ class FlowPotential:
         return energy if energy == float("inf") else scale * energy, scale * forces[0]
 
 
-def _read(path: Path) -> tuple[Flow, str]:
-    """The flow in a file, and the file's sha256 afterwards: a file replaced in between has the wrong one."""
+def read_flow(path: Path) -> tuple[Flow, str]:
+    """The flow in a file, and the file's sha256: a file replaced in between is refused.
+
+    Raises
+    ------
+    ArtifactError
+        There is no such file, it is no flow, or it changed while it was read.
+    """
     before = _digest(path)
     if before in _flows:
         return _flows[before], before
@@ -212,6 +149,11 @@ def _read(path: Path) -> tuple[Flow, str]:
     if before != after:
         raise ArtifactError(f"{path} was being replaced while it was read: try again.")
     return flow, after
+
+
+def remember(flow: Flow, digest: str) -> None:
+    """Keep a flow for every potential of this process with the same sha256."""
+    _flows.setdefault(digest, flow)
 
 
 def _digest(path: Path) -> str:
