@@ -10,8 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal
 
@@ -22,22 +20,20 @@ from torch import Tensor
 import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only then)
 
 from openmm_bg.artifact import Flow, load
-from openmm_bg.coordinates import place_like, read_constraints
 from openmm_bg.energy import ContextPool, Target, thermal_energy
 from openmm_bg.ensemble import Ensemble
 from openmm_bg.errors import EnergyError, InputError
+from openmm_bg.latent_space import CHUNK, FEW, LatentSpace
 from openmm_bg.matching import context_positions, match_system, require_count, target_temperature, usable_device
 from openmm_bg.rules import metropolis
-from openmm_bg.standing import Report, Standing, counts
+from openmm_bg.standing import Report, Standing, counts, place, seed_frame
+
+__all__ = ["CHUNK", "FEW", "BoltzmannGeneratorSampler"]
 
 logger = logging.getLogger(__name__)
 
 #: torch has one global generator: samplers in several threads take turns, or they would share draws.
 _STREAM = threading.Lock()
-#: Frames handled at once: bounds the memory of the flow's intermediates, whatever n a user asks for.
-CHUNK = 4096
-#: Batches up to this size run TorchScript without its profiling executor, which would recompile for seconds first.
-FEW = 64
 
 
 class BoltzmannGeneratorSampler:
@@ -64,6 +60,8 @@ class BoltzmannGeneratorSampler:
 
     Attributes
     ----------
+    space
+        The latent side of the flow, which moves walk in.
     statistics
         ``n_proposed``, ``n_accepted`` (Metropolis steps and those that moved), ``n_energies``,
         ``longest_rejection_streak``.
@@ -103,8 +101,9 @@ class BoltzmannGeneratorSampler:
         self.flow.density.to(self.device)
         if self.flow.completion is not None:
             self.flow.completion.to(self.device)
+        self.space = LatentSpace(self.flow, self.device)
         self._system = context.getSystem()
-        self.coordinates, self._freed = match_system(self.flow, self._system)
+        self._match()
         self._rng = np.random.default_rng(seed)
         if abs(self.temperature - self.flow.temperature) > 1e-6:
             logger.info(
@@ -157,27 +156,20 @@ class BoltzmannGeneratorSampler:
         rest = (c for c in self.coordinates.coordinates if not c.modelled)
         return "exact" if all(c.constrained for c in rest) else "rigid"
 
-    @contextmanager
-    def _own_stream(self) -> Iterator[None]:
-        """Draw from this sampler's seed; torch's global generator is left as it was."""
-        devices = [self.device] if self.device.type == "cuda" else []
-        with _STREAM, torch.random.fork_rng(devices=devices):
-            torch.manual_seed(int(self._rng.integers(2**62)))
-            yield
-
     def _draw(self, n: int) -> tuple[Tensor, Tensor]:
         """n samples y and log q in float64 on the CPU."""
-        with self._own_stream(), torch.no_grad(), torch.jit.optimized_execution(n > FEW):
-            y, log_q = self.flow.density.sample(n)  # type: ignore[operator]
-        return y.to("cpu", torch.float64), log_q.to("cpu", torch.float64)
-
-    def _log_q(self, y: Tensor) -> Tensor:
-        with torch.no_grad(), torch.jit.optimized_execution(len(y) > FEW):
-            return self.flow.log_prob(y.to(self.device, torch.float64)).to("cpu", torch.float64)
+        return self.space.sample(n, self._rng)
 
     def draw_completed(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """s ~ g(s|y) with the System's constrained lengths, and log g, in float64 on the CPU."""
-        with self._own_stream():
+        """s ~ g(s|y) with the System's constrained lengths, and log g, in float64 on the CPU.
+
+        From this sampler's seed; torch's global generator is left as it was.
+        """
+        cuda = self.device.type == "cuda"
+        with _STREAM, torch.random.fork_rng(devices=[self.device] if cuda else []):
+            # On a CPU not torch.manual_seed: it looks for accelerators, for longer than an energy takes.
+            seed = torch.manual_seed if cuda else torch.default_generator.manual_seed
+            seed(int(self._rng.integers(2**62)))
             s, log_g = self.flow.complete(y.to(self.device), self.coordinates.reference_fixed)
         return s.cpu(), log_g.cpu()
 
@@ -254,14 +246,18 @@ class BoltzmannGeneratorSampler:
 
     def _follow(self) -> None:
         """Catch up with the Context: parameters, box, forces, and after a reinitialisation constraints and masses."""
-        self.flow.eval()  # dropout would void every density
+        self.space.eval()  # dropout would void every density
         self.pool.sync()
-        system = self.context.getSystem()
-        if read_constraints(system, self.flow.topology) != self.coordinates.constraints:
-            self.coordinates, self._freed = match_system(self.flow, system)
-        self._system = system
+        self._system = self.context.getSystem()
+        if _kinematics(self._system) != self._matched:
+            self._match()
         self.temperature = target_temperature(self._asked_temperature, self.context)
         self.target = Target(self.coordinates, self.pool, self.temperature)
+
+    def _match(self) -> None:
+        """Coordinates with the constraints and masses of the Context's System."""
+        self.coordinates, self._freed = match_system(self.flow, self._system)
+        self._matched = _kinematics(self._system)
 
     def _refuse_sampling(self) -> None:
         kinds = [type(force).__name__ for force in self._system.getForces()]
@@ -323,8 +319,7 @@ class BoltzmannGeneratorSampler:
         self._follow()
         self._refuse_sampling()
         self._require_invariance()
-        with self._own_stream():
-            z = self.flow.density.sample_base(n).to(self.device)  # type: ignore[operator]
+        z = torch.from_numpy(self.space.draw(n, self._rng)).to(self.device)
         y, log_det = self.flow.forward(z)
         base = self.flow.density.base_log_prob(z)  # type: ignore[operator]
         log_density = self.target.log_density(y.cpu(), self.coordinates.reference_fixed.expand(n, -1))
@@ -349,14 +344,19 @@ class BoltzmannGeneratorSampler:
         before = self.pool.n_energies
         self._follow()
         current = torch.from_numpy(context_positions(self.context))
-        y, s = self.coordinates.to_internal(current[None])
-        self.coordinates.require_lengths(y, s)
+        with torch.no_grad():
+            y, s = self.coordinates.to_internal(current[None])
+            self.coordinates.require_lengths(y, s)
+            inside = bool(self.coordinates.in_domain(y, s)[0])
+            log_volume = self.coordinates.log_volume(y, s)
         log_w = float("inf")  # q = 0: no proposal reaches this state, so detailed balance keeps the chain there
-        if bool(self.coordinates.in_domain(y, s)[0]):
-            log_q = float(self._log_q(y)[0])
+        z = np.full(tuple(y.shape), np.nan)
+        if inside:
+            z, found = self.space.inverse(y)
+            log_q = float(found[0])
             if log_q > -float("inf"):
-                log_w = float(self._log_density_at(y, s, current[None])[0]) - log_q
-        return Standing(current, y, s, log_w, before)
+                log_w = float(self._log_density(current[None], log_volume)[0]) - log_q
+        return Standing(current, y, s, log_w, before, z, seed_frame(current, self.coordinates.zmatrix.seed))
 
     def weigh(self, standing: Standing, y: Tensor, log_q: Tensor) -> tuple[Tensor, np.ndarray]:
         """Positions [B, N, 3] and log π - log q [B] of proposals y [B, D] at the s and place of where a move began.
@@ -364,10 +364,14 @@ class BoltzmannGeneratorSampler:
         Outside the domain, which is decided on (y, s), positions are NaN and the weight is -inf; so is that of an
         energy that is not finite.
         """
-        fixed = standing.s.expand(len(y), -1)
-        x = self.place(standing, y)
-        weights = (self._log_density_at(y, fixed, x) - log_q).numpy()
+        x, log_volume = place(self.coordinates, standing, y)
+        weights = self._log_density(x, log_volume) - log_q.numpy()
         return x, np.where(np.isfinite(weights), weights, -np.inf)
+
+    def _log_density(self, x: Tensor, log_volume: Tensor) -> np.ndarray:
+        """log π [B] with energies at the very positions x that the Context has or would get; -inf for NaN rows."""
+        log_density = log_volume.numpy() - self.pool.energies(x) / self.target.kT
+        return np.where(np.isfinite(log_density), log_density, -np.inf)
 
     def settle(self, standing: Standing, info: metropolis.Info, positions: Tensor | None) -> Report:
         """Give the Context the positions [N, 3] that were accepted, and fresh velocities; None leaves it untouched."""
@@ -420,8 +424,10 @@ class BoltzmannGeneratorSampler:
         per_chunk = max(1, CHUNK // self.n_proposals)
         for start in range(0, n, per_chunk):
             count = min(per_chunk, n - start)
-            y, log_q = self._draw(count * self.n_proposals)
-            x, weights = self.weigh(standing, y, log_q)
+            if standing.inside:
+                x, weights = self.weigh(standing, *self._draw(count * self.n_proposals))
+            else:  # nothing can be accepted: the rule is told so, and energies are saved
+                x, weights = standing.positions[None], np.full(count * self.n_proposals, -np.inf)
             if self.n_proposals == 1:
                 index, part = metropolis.independence_chain(log_w, weights, self._rng)
             else:
@@ -434,27 +440,20 @@ class BoltzmannGeneratorSampler:
         self._info = info if self._info is None else self._info + info
         return self.settle(standing, info, chosen)
 
-    def place(self, standing: Standing, y: Tensor) -> Tensor:
-        """Positions [B, N, 3] of y [B, D] at the s and place of where a move began; NaN outside the domain."""
-        s = standing.s.expand(len(y), -1)
-        inside = self.coordinates.in_domain(y, s)
-        x = torch.full((len(y), self.coordinates.n_atoms, 3), torch.nan, dtype=torch.float64)
-        if inside.any():
-            seed = self.coordinates.zmatrix.seed
-            x[inside] = place_like(self.coordinates.to_positions(y[inside], s[inside]), standing.positions, seed)
-        return x
-
-    def _log_density_at(self, y: Tensor, s: Tensor, x: Tensor) -> Tensor:
-        """log π [B] with energies at the very positions x that the Context has or would get; -inf for NaN rows."""
-        energies = torch.from_numpy(self.pool.energies(x))
-        volume = self.coordinates.log_volume(y, s)
-        log_density = volume - energies / thermal_energy(self.temperature)
-        return torch.where(torch.isfinite(x).all(-1).all(-1) & torch.isfinite(log_density), log_density, -torch.inf)
-
     def _redraw_velocities(self) -> None:
         self.context.setVelocitiesToTemperature(self.temperature, int(self._rng.integers(1, 2**31 - 1)))
         if any(isinstance(force, openmm.CMMotionRemover) for force in self._system.getForces()):
             velocities = self.context.getState(velocities=True).getVelocities(asNumpy=True)._value
-            masses = np.array([self._system.getParticleMass(i)._value for i in range(len(velocities))])
+            masses = np.array(self.coordinates.constraints.masses)
             drift = (masses[:, None] * velocities).sum(0) / masses.sum()
             self.context.setVelocities(velocities - drift)
+
+
+def _kinematics(system: openmm.System) -> tuple[int, list[float], list[tuple[int, int, float]]]:
+    """What tells that coordinates and Φ need to be matched anew: number of forces, masses, constraints of a System.
+
+    A tenth of the time that matching takes, for it is read before every move.
+    """
+    masses = [system.getParticleMass(i)._value for i in range(system.getNumParticles())]
+    found = [system.getConstraintParameters(k) for k in range(system.getNumConstraints())]
+    return system.getNumForces(), masses, [(i, j, length._value) for i, j, length in found]

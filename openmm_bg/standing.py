@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from openmm_bg.coordinates import CoordinateMap
 from openmm_bg.rules.metropolis import Info
-
-if TYPE_CHECKING:
-    pass
 
 
 class Report(TypedDict):
@@ -43,6 +45,10 @@ class Standing:
         log π - log q as `moves` has it: +inf where q = 0, -inf where only π = 0.
     n_energies
         Count of the pool's energies before the move.
+    z
+        [1, D] latent values of y; NaN outside the domain.
+    frame
+        [3, 3]: the directions of `seed_frame` as columns.
     """
 
     positions: Tensor
@@ -50,11 +56,49 @@ class Standing:
     s: Tensor
     log_w: float
     n_energies: int
+    z: NDArray[np.float64]
+    frame: Tensor
 
     @property
     def inside(self) -> bool:
         """Whether q > 0; if not, no flow move can leave this state."""
         return self.log_w < float("inf")
+
+
+def seed_frame(x: Tensor, seed: tuple[int, int, int]) -> Tensor:
+    """Rotation [3, 3] from the coordinates' canonical frame to where the seed atoms of x [N, 3] stand.
+
+    There seed atom 1 lies on +x of atom 0 and atom 2 at y > 0: the columns are the direction 0→1, the half-plane's
+    direction normal to it, and their cross product.
+    """
+    a, b, c = x.numpy()[list(seed)]
+    e = (b - a) / math.dist(a, b)
+    n = np.cross(e, c - b)
+    n /= math.hypot(*n)
+    return torch.from_numpy(np.stack((e, np.cross(n, e), n), axis=-1))
+
+
+def place(coordinates: CoordinateMap, standing: Standing, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions [B, N, 3] of y [B, D] at the s and place of where a move began, and their log J + Φ [B].
+
+    Kept are seed atom 0, the direction to seed atom 1 and the half-plane of seed atom 2 (formulas D to G). NaN and -inf
+    outside the domain, which is decided before positions exist.
+    """
+    with torch.no_grad():
+        s = standing.s.expand(len(y), -1)
+        inside = coordinates.in_domain(y, s)
+        if bool(inside.all()):
+            return _placed(coordinates, standing, y, s)
+        x = torch.full((len(y), coordinates.n_atoms, 3), torch.nan, dtype=torch.float64)
+        log_volume = torch.full((len(y),), -torch.inf, dtype=torch.float64)
+        if bool(inside.any()):
+            x[inside], log_volume[inside] = _placed(coordinates, standing, y[inside], s[inside])
+        return x, log_volume
+
+
+def _placed(coordinates: CoordinateMap, standing: Standing, y: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    made, log_volume = coordinates.positions_and_log_volume(y, s)
+    return made @ standing.frame.T + standing.positions[coordinates.zmatrix.seed[0]], log_volume
 
 
 def counts(info: Info | None) -> dict[str, int]:

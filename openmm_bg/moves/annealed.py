@@ -7,11 +7,11 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from openmm_bg.ensemble import Ensemble
-from openmm_bg.errors import InputError
-from openmm_bg.moves.latent_space import LatentSpace
+from openmm_bg.matching import require_count
+from openmm_bg.moves.latent import require_steps
 from openmm_bg.rules.annealing import annealed_importance_sampling, check_schedule, latent_kernel
 from openmm_bg.rules.metropolis import Info
-from openmm_bg.sampler import BoltzmannGeneratorSampler
+from openmm_bg.sampler import CHUNK, BoltzmannGeneratorSampler
 
 FloatArray = NDArray[np.float64]
 
@@ -57,19 +57,19 @@ def anneal(
     EnergyError
         The Context no longer has the energies of its System.
     """
-    if n < 1:
-        raise InputError(f"The number of walkers must be at least 1, got {n}.")
+    require_count("The number of walkers", n)
+    require_count("n_steps", n_steps)
+    require_steps(a, width)
     check_schedule(schedule)
     sampler.sample(1)  # refuses what formula A refuses, and fetches the parameters and box of the Context
-    coordinates, space = sampler.coordinates, LatentSpace(sampler)
+    coordinates, space = sampler.coordinates, sampler.space
     fixed = coordinates.reference_fixed
-    rows = 4096  # bounds the memory of the map's intermediates
 
     def evaluate(z: FloatArray, keep: bool = False) -> tuple[FloatArray, ...]:
         """log π + log|det|, and with `keep` log|det|, u and positions."""
         out: list[list[FloatArray]] = []
-        for start in range(0, len(z), rows):
-            y, log_det = space.forward(z[start : start + rows])
+        for start in range(0, len(z), CHUNK):
+            y, log_det = space.forward(z[start : start + CHUNK])
             s = fixed.expand(len(y), -1)
             log_pi, x = sampler.target.log_density_and_positions(y, s)
             row = [(log_pi + log_det).numpy()]

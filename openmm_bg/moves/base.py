@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from openmm_bg.errors import InputError
 from openmm_bg.rules.metropolis import Info
 from openmm_bg.sampler import BoltzmannGeneratorSampler
 from openmm_bg.standing import counts
@@ -21,9 +22,19 @@ class ContextMove:
     ----------
     info
         All steps so far, joined; None before the first.
+
+    Raises
+    ------
+    InputError
+        Not a sampler.
     """
 
     def __init__(self, sampler: BoltzmannGeneratorSampler) -> None:
+        if not isinstance(sampler, BoltzmannGeneratorSampler):
+            kind = type(sampler).__name__
+            raise InputError(
+                f"A {type(self).__name__} needs a BoltzmannGeneratorSampler, got a {kind}: make one first."
+            )
         self.sampler = sampler
         self.info: Info | None = None
 

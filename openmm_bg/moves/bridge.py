@@ -114,11 +114,14 @@ class CartesianBridge:
         except Exception as error:  # whatever pickling a PythonForce raises
             raise InputError(f"The System cannot be copied ({first_line(error)}): a bridge needs its own.") from error
         for index in reversed(range(own.getNumForces())):
-            kind = type(own.getForce(index)).__name__
+            force = own.getForce(index)
+            kind = type(force).__name__
             if "Barostat" in kind or kind in ("CMMotionRemover", "AndersenThermostat"):
                 own.removeForce(index)
-            else:
-                own.getForce(index).setForceGroup(TARGET)
+                continue
+            force.setForceGroup(TARGET)
+            if isinstance(force, openmm.NonbondedForce):  # Ewald's reciprocal part may have had a group of its own
+                force.setReciprocalSpaceForceGroup(-1)
         base.setForceGroup(BASE)
         own.addForce(base)
         masses = [own.getParticleMass(i)._value for i in range(own.getNumParticles())]
@@ -266,12 +269,14 @@ class CartesianBridge:
             u0, u, kinetic = self._start(row, rng)
             try:
                 self._run(lambdas[::-1] if down else lambdas, n_verlet)
-                ends[i], v0, v, kinetic_end = self._end()
+                end, v0, v, kinetic_end = self._end()
             except openmm.OpenMMException:
                 v0, v, kinetic_end = math.inf, math.inf, math.inf
-            if not (math.isfinite(v0) and math.isfinite(kinetic_end)):
+            if not (math.isfinite(v0) and math.isfinite(kinetic_end)):  # the end stays x, for it has to be finite
                 work[i] = math.inf if down else -math.inf
-            elif down:
+                continue
+            ends[i] = end
+            if down:
                 work[i] = v0 + kinetic_end - u - kinetic if math.isfinite(u0) else math.inf
             else:
                 work[i] = u0 + kinetic - v - kinetic_end if math.isfinite(u0) else -math.inf

@@ -15,14 +15,13 @@ import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only the
 from openmm_bg.artifact import Flow
 from openmm_bg.coordinates import place_like
 from openmm_bg.energy import thermal_energy
-from openmm_bg.energy.snapshot import platform_properties
+from openmm_bg.energy.snapshot import digest_system, platform_properties
 from openmm_bg.ensemble import Ensemble
 from openmm_bg.errors import EnergyError, InputError
 from openmm_bg.force import FlowPotential
 from openmm_bg.matching import first_line, require_count
 from openmm_bg.moves.base import ContextMove
 from openmm_bg.moves.bridge import CartesianBridge
-from openmm_bg.moves.latent_space import LatentSpace
 from openmm_bg.rules import annealing, metropolis
 from openmm_bg.sampler import FEW, BoltzmannGeneratorSampler
 from openmm_bg.standing import Report
@@ -32,7 +31,7 @@ FloatArray = NDArray[np.float64]
 #: Largest difference of a frame's reduced potential between the bridge and the sampler's clones, and the part of the
 #: energy that single precision adds to it.
 ENERGY_SLACK, RELATIVE_SLACK = 1e-3, 1e-5
-SCALE = "flow_scale"
+SCALE = "bridge_scale"
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +73,11 @@ def _bind(sampler: BoltzmannGeneratorSampler, timestep: float, platform: str | N
     """A bridge from the sampler's flow to its System, as its Context is now."""
     flow, context = sampler.flow, sampler.context
     held = Flow(flow.density, sampler.coordinates, flow.metadata, flow.completion)
-    potential = HeldPotential("", "", thermal_energy(sampler.temperature), SCALE, held)
+    # A FlowForce of the user's is part of U and has a scale of its own, which must not become that of U_0.
+    scale = SCALE
+    while scale in context.getParameters():
+        scale += "_"
+    potential = HeldPotential("", "", thermal_energy(sampler.temperature), scale, held)
     name = context.getPlatform().getName() if platform is None else platform
     try:
         properties = platform_properties(name, context)
@@ -82,7 +85,7 @@ def _bind(sampler: BoltzmannGeneratorSampler, timestep: float, platform: str | N
         raise InputError(f"There is no platform {name!r} ({first_line(error)}): leave platform out.") from error
     bridge = CartesianBridge(
         context.getSystem(),
-        openmm.PythonForce(potential, {SCALE: 1.0}),
+        openmm.PythonForce(potential, {scale: 1.0}),
         sampler.temperature,
         timestep=timestep,
         platform=name,
@@ -244,14 +247,14 @@ class CartesianNonequilibriumMove(ContextMove):
         keep_s: bool = True,
         platform: str | None = None,
     ) -> None:
+        super().__init__(sampler)
         require_count("n_verlet", n_verlet)
         _require_usable(sampler)
-        super().__init__(sampler)
         self.schedule = annealing.check_schedule(schedule)
         self.timestep, self.n_verlet, self.metropolised = timestep, int(n_verlet), bool(metropolised)
         self.keep_s, self.platform = bool(keep_s), platform
-        self._space = LatentSpace(sampler)
         self._bridge, self._coordinates = _bind(sampler, timestep, platform), sampler.coordinates
+        self._digest = digest_system(sampler.context)
 
     def step(self, n: int = 1) -> Report:
         """n moves on the Context's own positions.
@@ -292,14 +295,22 @@ class CartesianNonequilibriumMove(ContextMove):
         return {**report, "n_energies": report["n_energies"] + spent, "inside": bool(inside)}
 
     def _follow(self, here: FloatArray) -> CartesianBridge:
-        """The bridge with the Context's parameters and box, made anew if the force field has changed."""
-        self._bridge.follow(self.sampler.context)
-        changed = abs(self._bridge.kT - thermal_energy(self.sampler.temperature)) > 1e-9
-        changed |= self._coordinates is not self.sampler.coordinates  # other masses or constraints
-        if changed or not _agrees(self._bridge, self.sampler, here):
-            self._bridge = _bind(self.sampler, self.timestep, self.platform)
-            self._coordinates = self.sampler.coordinates
-            if not _agrees(self._bridge, self.sampler, here):
+        """The bridge with the Context's parameters and box, made anew if the force field has changed.
+
+        As of the sampler's clones, also if the change does not show at these positions. A System that was changed
+        without telling its Context leaves the bridge as it is, for it is the Context that is being sampled.
+        """
+        sampler = self.sampler
+        self._bridge.follow(sampler.context)
+        stale = abs(self._bridge.kT - thermal_energy(sampler.temperature)) > 1e-9
+        stale |= self._coordinates is not sampler.coordinates  # other masses or constraints
+        stale |= not _agrees(self._bridge, sampler, here)
+        digest = digest_system(sampler.context)
+        if stale or digest != self._digest:
+            fresh = _bind(sampler, self.timestep, self.platform)
+            if _agrees(fresh, sampler, here):
+                self._bridge, self._coordinates, self._digest = fresh, sampler.coordinates, digest
+            elif stale:
                 raise EnergyError("The move's bridge has other energies than the sampler: choose another platform.")
         return self._bridge
 
@@ -326,7 +337,7 @@ class CartesianNonequilibriumMove(ContextMove):
         sampler = self.sampler
         frame = torch.from_numpy(x.reshape(1, -1, 3))
         y_0, s_0 = sampler.coordinates.to_internal(frame)
-        y, _ = self._space.forward(self._space.draw(1, sampler.rng))
+        y, _ = sampler.space.forward(sampler.space.draw(1, sampler.rng))
         with torch.no_grad(), torch.jit.optimized_execution(False):
             if self.keep_s:
                 s, log_h = s_0, self._log_g(y, s_0) - self._log_g(y_0, s_0)

@@ -7,8 +7,9 @@ where a flow is too poor, or a molecule too large, for fresh proposals to be acc
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +19,6 @@ from torch import Tensor
 from openmm_bg.errors import InputError
 from openmm_bg.matching import require_count
 from openmm_bg.moves.base import ContextMove
-from openmm_bg.moves.latent_space import LatentSpace
 from openmm_bg.rules import metropolis
 from openmm_bg.sampler import BoltzmannGeneratorSampler
 from openmm_bg.standing import Report, Standing
@@ -93,12 +93,11 @@ class LatentMove(ContextMove):
         width: float = 0.3,
         redraw: bool = False,
     ) -> None:
-        require_steps(a, width)
         super().__init__(sampler)
+        require_steps(a, width)
         self.redraw = bool(redraw)
         self.a, self.width = (1.0, math.inf) if self.redraw else (float(a), float(width))
         self.blocks = _blocks(sampler, residues, part, run)
-        self._space = LatentSpace(sampler)
 
     def step(self, n: int = 1) -> Report:
         """n exact Metropolis steps on the Context's own positions, with step sizes as they are.
@@ -138,14 +137,13 @@ class LatentMove(ContextMove):
         require_count("The number of steps", n)
         if self.redraw:
             raise InputError("A move that redraws its block has no step size to adapt: leave burn_in out.")
-        if not 0.0 < acceptance < 1.0:
-            raise InputError(f"The acceptance to aim at must lie between 0 and 1, got {acceptance}.")
+        if not _is_number(acceptance) or not 0.0 < acceptance < 1.0:
+            raise InputError(f"The acceptance to aim at must lie between 0 and 1, got {acceptance!r}.")
         return self._run(n, acceptance)[0]
 
     def _run(self, n: int, aim: float | None) -> tuple[Report, metropolis.Info]:
         standing = self.sampler.stand()
-        z = self._space.inverse(standing.y) if standing.inside else standing.y.numpy()
-        state = metropolis.State(z, np.array([standing.log_w]))
+        state = metropolis.State(standing.z, np.array([standing.log_w]))
         chosen: Tensor | None = None
         total: metropolis.Info | None = None
         start, log_factor = (self.a, self.width), 0.0
@@ -167,19 +165,23 @@ class LatentMove(ContextMove):
         """z' with its log-weight, and the positions [1, N, 3] of f(z')."""
         if not standing.inside:  # nothing can be accepted: the rule is told so, and an energy is saved
             return metropolis.State(state.value, np.array([-np.inf])), standing.positions[None]
-        rng = self.sampler.rng
+        rng, space = self.sampler.rng, self.sampler.space
         block = self.blocks[int(rng.integers(len(self.blocks)))]
-        z = metropolis.latent_proposal(state.value, rng, a=self.a, width=self.width, chosen=block, **self._space.base)
-        y, log_det = self._space.forward(z)
-        log_q = torch.from_numpy(self._space.log_base(z)) - log_det
+        z = metropolis.latent_proposal(state.value, rng, a=self.a, width=self.width, chosen=block, **space.base)
+        y, log_det = space.forward(z)
+        log_q = torch.from_numpy(space.log_base(z)) - log_det
         x, log_w = self.sampler.weigh(standing, y, log_q)
         return metropolis.State(z, log_w), x
 
 
 def require_steps(a: float, width: float) -> None:
     """Raise `InputError` unless 0 < a <= 1 and 0 < width < infinity."""
-    if not 0.0 < a <= 1.0 or not 0.0 < width < math.inf:
-        raise InputError(f"A latent move needs 0 < a <= 1 and a finite width > 0, got a = {a}, width = {width}.")
+    if not (_is_number(a) and _is_number(width)) or not 0.0 < a <= 1.0 or not 0.0 < width < math.inf:
+        raise InputError(f"A latent move needs 0 < a <= 1 and a finite width > 0, got a = {a!r}, width = {width!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _blocks(
@@ -194,6 +196,8 @@ def _blocks(
     owner = np.array([of_atom[c.atom] for c in coordinates.coordinates if c.modelled])
     channel = np.array(coordinates.layout.backbone, dtype=np.bool_)
     allowed = {"all": np.ones_like(channel), "backbone": channel, "side chains": ~channel}[part]
+    if residues is not None and not isinstance(residues, Iterable):
+        raise InputError(f"residues must be a list of residue indices, got {residues!r}: write [{residues!r}].")
     wanted = list(range(len(names))) if residues is None else list(residues)
     for residue in wanted:
         whole = isinstance(residue, (int, np.integer)) and not isinstance(residue, bool)

@@ -14,10 +14,9 @@ from torch import Tensor
 from openmm_bg.matching import require_count
 from openmm_bg.moves.base import ContextMove
 from openmm_bg.moves.latent import require_steps
-from openmm_bg.moves.latent_space import LatentSpace
 from openmm_bg.rules import annealing, metropolis
 from openmm_bg.sampler import BoltzmannGeneratorSampler
-from openmm_bg.standing import Report, Standing
+from openmm_bg.standing import Report, Standing, place
 
 FloatArray = NDArray[np.float64]
 
@@ -69,12 +68,11 @@ class NonequilibriumMove(ContextMove):
         width: float = 0.3,
         n_kernel_steps: int = 1,
     ) -> None:
+        super().__init__(sampler)
         require_count("n_kernel_steps", n_kernel_steps)
         require_steps(a, width)
-        super().__init__(sampler)
         self.schedule = annealing.check_schedule(schedule)
-        self._space = LatentSpace(sampler)
-        self._kernel = annealing.latent_kernel(**self._space.base, a=a, width=width, n_steps=n_kernel_steps)
+        self._kernel = annealing.latent_kernel(**sampler.space.base, a=a, width=width, n_steps=n_kernel_steps)
 
     def step(self, n: int = 1) -> Report:
         """n moves on the Context's own positions.
@@ -90,14 +88,14 @@ class NonequilibriumMove(ContextMove):
         """
         require_count("The number of moves", n)
         standing = self.sampler.stand()
-        z = self._space.inverse(standing.y) if standing.inside else standing.y.numpy()
+        z = standing.z
         total: metropolis.Info | None = None
         chosen: Tensor | None = None
         for _ in range(n):
             state, info = self._move(z, standing)
             if info.n_accepted:
                 z = state.value
-                chosen = self.sampler.place(standing, self._space.forward(z)[0])[0]
+                chosen = place(self.sampler.coordinates, standing, self.sampler.space.forward(z)[0])[0][0]
             total = info if total is None else total + info
         assert total is not None
         self._count(total)
@@ -108,12 +106,14 @@ class NonequilibriumMove(ContextMove):
             state = metropolis.State(z, np.array([np.inf]))
             return metropolis.metropolis_step(state, metropolis.State(z, np.array([-np.inf])), self.sampler.rng)
 
+        space = self.sampler.space
+
         def log_target(z: FloatArray) -> FloatArray:
             """log π(f(z), s) + log |det|."""
-            y, log_det = self._space.forward(z)
+            y, log_det = space.forward(z)
             zero = torch.zeros(len(y), dtype=torch.float64)
             return self.sampler.weigh(standing, y, zero)[1] + log_det.numpy()
 
         return annealing.nonequilibrium_candidate_move(
-            z, self._space.log_base, log_target, self._space.draw, self._kernel, self.schedule, self.sampler.rng
+            z, space.log_base, log_target, space.draw, self._kernel, self.schedule, self.sampler.rng
         )

@@ -7,8 +7,8 @@ import torch
 import openmm_bg as bg
 from openmm_bg.energy import thermal_energy
 from openmm_bg.errors import InputError
+from openmm_bg.latent_space import LatentSpace
 from openmm_bg.moves.latent import LatentMove
-from openmm_bg.moves.latent_space import LatentSpace
 from openmm_bg.rules import metropolis
 
 

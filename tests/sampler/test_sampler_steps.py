@@ -112,8 +112,10 @@ def test_a_state_outside_the_support_stays(dipeptide, make_context, make_sampler
     context = make_context(positions=cis)
     sampler = make_sampler(context)
     x, v = snapshot(context)
-    report = sampler.step(50)
-    assert not report["inside"] and report["n_accepted"] == 0
+    for sampler.n_proposals in (1, 3):
+        report = sampler.step(50)
+        assert not report["inside"] and report["n_accepted"] == 0 and report["n_proposed"] == 50
+        assert report["n_energies"] == 0  # what cannot be accepted is not evaluated
     assert np.array_equal(x, snapshot(context)[0]) and np.array_equal(v, snapshot(context)[1])
 
 
