@@ -65,6 +65,20 @@ def test_openmmtools_move(tmp_path: Path) -> None:
     assert 0 < int(found[1]) <= 40
 
 
+@needs_artifact
+@pytest.mark.parametrize("what", ["solvation", "temperature", "basins"])
+def test_free_energy(tmp_path: Path, what: str) -> None:
+    """In seconds errors are large; what flow and reference say has to agree within them all the same."""
+    output = run(tmp_path, f"free_energy_{what}.py", "--quick")
+    values = re.findall(r"^\S.*?\s(\S+) ± (\S+) kT\s+([\d,]+) energies", output, flags=re.MULTILINE)
+    assert len(values) == 3
+    assert all(0 < float(error) < 1.5 for _, error, _ in values)
+    assert ("passages" if what == "basins" else "overlap of neighbours") in output
+    deviations = re.findall(r"^z\(.+\) = (\S+)$", output, flags=re.MULTILINE)
+    assert len(deviations) == 2
+    assert all(abs(float(z)) < 5 for z in deviations)
+
+
 def glycine_dipeptide() -> tuple[Any, Any]:
     """Topology and rough positions of ACE-GLY-NME, cut out of alanine dipeptide."""
     from openmm import app

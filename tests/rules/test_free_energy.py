@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,15 +23,32 @@ def gaussian_works(n=2_000, m=1_500, sigma=1.0, log_z=0.7, seed=0):
     )
 
 
+def ensemble(log_w, label="exact", seed=0, u=None):
+    n = len(log_w)
+    u = np.zeros(n) if u is None else u
+    return Ensemble(np.zeros((n, 1, 3)), u, np.random.default_rng(seed).normal(size=n), log_w, label=label)
+
+
 def test_one_sided_by_hand(caplog):
     result = free_energy.one_sided(np.log([1.0, 3.0]))
     assert result.delta_f == pytest.approx(-np.log(2.0))
     assert result.error == pytest.approx(0.5)
     assert result.bias == pytest.approx(0.125)  # Var 2, mean 2, n = 2
     assert "cannot be trusted" in caplog.text
+    assert not result.trustworthy and result.effective == pytest.approx(1.6)
     caplog.clear()
-    free_energy.one_sided(gaussian_works(sigma=0.3)[0])
+    good = free_energy.one_sided(gaussian_works(sigma=0.3)[0])
+    assert good.trustworthy and good.khat < 0.7 and good.effective > 1_000
     assert not caplog.records
+
+
+def test_one_sided_warns_of_too_few_samples_in_effect(caplog):
+    """k-hat has nothing against equal weights, however few they are."""
+    few = free_energy.one_sided([0.0] * 49)
+    assert few.khat == -INF and not few.trustworthy
+    assert "worth 49.0 samples, fewer than 50" in caplog.text
+    caplog.clear()
+    assert free_energy.one_sided([0.0] * 60).trustworthy and not caplog.records
 
 
 def test_bar_agrees_with_pymbar():
@@ -42,6 +60,8 @@ def test_bar_agrees_with_pymbar():
     assert result.delta_f == pytest.approx(reference["Delta_f"], abs=1e-8)
     assert result.error == pytest.approx(reference["dDelta_f"], rel=1e-6)
     assert result.overlap == pytest.approx(pymbar.bar_overlap(-flow, md), rel=1e-6)
+    solver = pymbar.MBAR(np.stack([np.zeros(3_500), np.concatenate([-flow, -md])]), [2_000, 1_500])
+    assert result.overlap_matrix == pytest.approx(solver.compute_overlap()["matrix"], abs=1e-6)
     assert (result.method, result.n_outside) == ("BAR", 0)
 
 
@@ -82,6 +102,10 @@ def test_bar_warns_of_poor_overlap(caplog):
     assert good.overlap > 0.5 and not caplog.records
     poor = free_energy.bar(*gaussian_works(sigma=5.0))
     assert poor.overlap < free_energy.MIN_OVERLAP and "Overlap" in caplog.text
+    assert good.trustworthy and not poor.trustworthy
+    caplog.clear()
+    assert not free_energy.bar(*gaussian_works(m=49)).trustworthy and "49 MD frames" in caplog.text
+    assert free_energy.bar(*gaussian_works(m=50)).trustworthy
     same = np.zeros(100)
     assert free_energy.bar(same, same).overlap == pytest.approx(1.0)
     assert free_energy.bar(same, same).error == pytest.approx(0.0, abs=1e-6)
@@ -112,16 +136,241 @@ def test_difference():
     assert (result.delta_f, result.error) == pytest.approx((2.0, 0.5))
     assert (result.overlap, result.bias, result.n_outside) == (0.2, None, 3)
 
-    def ensemble(log_w, label="exact"):
-        n = len(log_w)
-        return Ensemble(np.zeros((n, 1, 3)), np.zeros(n), np.zeros(n), log_w, label=label)
-
-    low, high = np.full(50, 1.0), np.full(50, 3.0)
-    result = free_energy.difference(ensemble(low), ensemble(high))
-    assert result.delta_f == pytest.approx(-2.0) and result.overlap is None
-    assert result.bias == pytest.approx(0.0)
+    low, high = ensemble(np.full(50, 1.0), seed=1), ensemble(np.full(50, 3.0), seed=2)
+    result = free_energy.difference(low, high)
+    assert (result.method, result.overlap) == ("difference", None)
+    assert result.delta_f == pytest.approx(-2.0) and result.bias == pytest.approx(0.0)
     with pytest.raises(InputError, match="of one kind"):
-        free_energy.difference(ensemble(low), ensemble(high, "rigid"))
+        free_energy.difference(low, ensemble(np.full(50, 3.0), label="rigid"))
+
+
+def test_a_difference_of_the_same_samples_is_taken_sample_by_sample(caplog):
+    """A change that is the same for all samples has no error, however poor the weights that both share."""
+    rng = np.random.default_rng(3)
+    log_w = rng.normal(size=4_000)
+    a = ensemble(log_w)
+    b = replace(a, log_weights=log_w + 2.5)
+    result = free_energy.difference(a, b)
+    assert result.method == "common samples"
+    assert (result.delta_f, result.error, result.bias) == pytest.approx((-2.5, 0.0, 0.0), abs=1e-12)
+    assert result.overlap == pytest.approx(1.0)
+    assert result.overlap_matrix == pytest.approx(np.full((2, 2), 0.5))
+    independent = free_energy.difference(free_energy.one_sided(log_w), free_energy.one_sided(log_w + 2.5))
+    assert independent.error > 0.02
+    assert not caplog.records
+
+
+def test_common_difference_by_hand(caplog):
+    result = free_energy.common_difference(np.log([1.0, 3.0]), np.log([2.0, 2.0]))
+    assert result.delta_f == pytest.approx(0.0)
+    # d = w_b/mean - w_a/mean = (0.5, -0.5); bias (0 - ½)/(2·2), with Var(w_a)/mean² = ½
+    assert (result.error, result.bias) == pytest.approx((0.5, -0.125))
+    shared = 0.25 * 0.5 / 0.75 + 0.75 * 0.5 / 1.25
+    assert result.overlap_matrix == pytest.approx(np.array([[1 - shared, shared], [shared, 1 - shared]]))
+    assert result.overlap == pytest.approx(2 * shared)
+    assert not result.trustworthy and "cannot be trusted" in caplog.text
+    flipped = free_energy.common_difference(np.log([2.0, 2.0]), np.log([1.0, 3.0]))
+    assert (flipped.delta_f, flipped.error) == pytest.approx((-result.delta_f, result.error))
+
+
+def test_overlap_of_common_samples_is_that_of_pymbar():
+    """Weights of a wide proposal see the overlap that MBAR finds between samples of the two states themselves."""
+    import pymbar
+
+    rng = np.random.default_rng(4)
+    n, shift = 40_000, 1.5
+    x = 3.0 * rng.standard_normal(n)
+    log_q = -0.5 * (x / 3.0) ** 2 - np.log(3.0)
+    result = free_energy.common_difference(-0.5 * x**2 - log_q, -0.5 * (x - shift) ** 2 - log_q)
+    own = np.concatenate([rng.standard_normal(n), shift + rng.standard_normal(n)])
+    solver = pymbar.MBAR(np.stack([0.5 * own**2, 0.5 * (own - shift) ** 2]), [n, n])
+    # the error of both is that of a mean of values below ½ over more than 1e4 samples in effect
+    assert result.overlap_matrix == pytest.approx(solver.compute_overlap()["matrix"], abs=0.012)
+    assert result.overlap == pytest.approx(solver.compute_overlap()["scalar"], abs=0.024)
+
+
+def test_common_samples_warn_of_states_too_far_apart(caplog):
+    rng = np.random.default_rng(5)
+    x = 4.0 * rng.standard_normal(50_000)
+    log_q = -0.5 * (x / 4.0) ** 2
+
+    def between(shift):
+        return free_energy.common_difference(-0.5 * (x + shift) ** 2 - log_q, -0.5 * (x - shift) ** 2 - log_q)
+
+    near = between(1.0)
+    assert near.overlap > free_energy.MIN_OVERLAP and near.trustworthy and not caplog.records
+    far = between(2.5)
+    assert far.khat < 0.5  # weights in both states are fine: only the overlap tells
+    assert far.overlap < free_energy.MIN_OVERLAP and not far.trustworthy
+    assert "overlap between the two states" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [([0.0], [0.0, 1.0], "every common sample"), ([math.nan], [0.0], "NaN"), ([0.0], [-INF], "zero")],
+)
+def test_common_difference_refuses(a, b, message):
+    with pytest.raises(InputError, match=message):
+        free_energy.common_difference(a, b)
+
+
+def test_another_temperature_needs_no_energies():
+    u = np.array([10.0, 20.0, INF])
+    a = ensemble(np.array([1.0, 2.0, -INF]), u=u)
+    b = free_energy.at_temperature(a, 300.0, 400.0)
+    assert b.reduced_potentials[:2] == pytest.approx([7.5, 15.0])
+    assert b.log_weights[:2] == pytest.approx([3.5, 7.0]) and b.log_weights[2] == -INF
+    assert b.n_nonfinite == 1
+    back = free_energy.at_temperature(b, 400.0, 300.0)
+    assert back.log_weights == pytest.approx(a.log_weights)
+    with pytest.raises(InputError):
+        free_energy.at_temperature(a, 300.0, 0.0)
+
+
+def harmonic(centres, counts, seed=0):
+    """Reduced potentials [K, n] of unit Gaussians at these centres, one sample set for each count."""
+    rng = np.random.default_rng(seed)
+    x = np.concatenate([c + rng.standard_normal(n) for c, n in zip(centres, counts, strict=True)])
+    return 0.5 * (x[None, :] - np.asarray(centres)[:, None]) ** 2
+
+
+def test_mbar_agrees_with_pymbar():
+    import pymbar
+
+    centres, counts = [0.0, 1.0, 2.0, 1.5], [400, 300, 500, 0]
+    u = harmonic(centres, counts)
+    result = free_energy.mbar(u, counts)
+    solver = pymbar.MBAR(u, counts)
+    reference = solver.compute_free_energy_differences()
+    assert result.delta_f == pytest.approx(reference["Delta_f"], abs=1e-6)
+    assert result.error == pytest.approx(reference["dDelta_f"], abs=1e-6)
+    assert result.overlap_matrix == pytest.approx(solver.compute_overlap()["matrix"], abs=1e-6)
+    assert result.effective == pytest.approx(solver.compute_effective_sample_number(), rel=1e-5)
+    assert result.trustworthy
+    pair = result.between(0, 2)
+    assert (pair.delta_f, pair.method) == (pytest.approx(reference["Delta_f"][0, 2]), "MBAR")
+    assert pair.overlap_matrix.shape == (2, 2)
+    assert result.between(0, 3).overlap is None
+    with pytest.raises(InputError, match="no state 4"):
+        result.between(0, 4)
+
+
+def test_mbar_does_not_mind_constants_clashes_and_impossible_states():
+    counts = [500, 500]
+    u = harmonic([0.0, 1.0], counts)
+    plain = free_energy.mbar(u, counts)
+    rng = np.random.default_rng(1)
+    moved = u + np.array([[3e5], [-2e5]]) + 1e6 * rng.standard_normal(u.shape[1])
+    result = free_energy.mbar(moved, counts)
+    assert result.delta_f[0, 1] == pytest.approx(plain.delta_f[0, 1] - 5e5, abs=1e-4)
+    assert result.error == pytest.approx(plain.error, abs=1e-5)
+    clash = u.copy()
+    clash[1, :3] = [1e6, 900.0, INF]
+    before = np.geterr()
+    result = free_energy.mbar(clash, counts)
+    assert np.geterr() == before
+    assert result.delta_f[0, 1] == pytest.approx(plain.delta_f[0, 1], abs=0.02)
+    assert result.error[0, 1] == pytest.approx(plain.error[0, 1], rel=0.1)
+
+
+def test_mbar_warns_where_a_chain_of_states_is_broken(caplog):
+    counts = [500] * 4
+    whole = free_energy.mbar(harmonic([0.0, 2.0, 4.0, 6.0], counts), counts)
+    # the ends share nothing, but states between them link them
+    assert whole.overlap_matrix[0, 3] + whole.overlap_matrix[3, 0] < free_energy.MIN_OVERLAP
+    assert whole.trustworthy and whole.between(0, 3).trustworthy and not caplog.records
+    broken = free_energy.mbar(harmonic([0.0, 2.0, 8.0, 10.0], counts), counts)
+    assert not broken.trustworthy
+    assert broken.group.tolist() == [0, 0, 1, 1]
+    assert not broken.between(1, 2).trustworthy and broken.between(2, 3).trustworthy
+    assert "[0, 1] and [2, 3]" in caplog.text
+
+
+def test_mbar_warns_of_a_state_that_no_sample_tells_about(caplog):
+    counts = [2_000, 0]
+    near = free_energy.mbar(harmonic([0.0, 0.5], counts), counts)
+    assert near.trustworthy and not caplog.records
+    far = free_energy.mbar(harmonic([0.0, 4.0], counts), counts)
+    assert far.effective[1] < free_energy.MIN_EFFECTIVE
+    assert not far.trustworthy and "more samples: 1 (worth" in caplog.text
+    assert not far.between(0, 1).trustworthy
+
+
+def test_overlap_counts_whatever_the_numbers_of_samples(caplog):
+    """One off-diagonal entry of the matrix falls with the other state's number of samples; the sum does not."""
+    counts = [20_000, 100]
+    uneven = free_energy.mbar(harmonic([0.0, 1.0], counts), counts)
+    assert uneven.overlap_matrix[0, 1] < free_energy.MIN_LINK
+    assert uneven.trustworthy and not caplog.records
+    few = free_energy.mbar(harmonic([0.0, 1.0], [30, 10]), [30, 10])
+    assert few.group.tolist() == [0, 0] and not few.trustworthy
+    assert "more samples: 0 (worth" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("u", "counts", "message"),
+    [
+        ([0.0, 1.0], [2], "reduced potentials"),
+        ([[0.0, 1.0]], [1.0], "whole numbers"),
+        ([[0.0, 1.0]], [3], "3 samples in all"),
+        ([[0.0, math.nan]], [2], "NaN"),
+        ([[0.0, INF], [0.0, 0.0]], [2, 0], "no density in the state that drew it"),
+        ([[0.0, 0.0], [INF, INF]], [2, 0], "no density at any sample"),
+    ],
+)
+def test_mbar_refuses(u, counts, message):
+    with pytest.raises(InputError, match=message):
+        free_energy.mbar(u, counts)
+
+
+def test_mbar_with_flow_is_bar_for_one_state(caplog):
+    flow, md = gaussian_works()
+    bar = free_energy.bar(flow, md)
+    result = free_energy.mbar_with_flow(flow[None], [np.concatenate([md, [INF] * 5])[None]])
+    pair = result.between(0, 1)
+    assert (pair.delta_f, pair.error) == pytest.approx((bar.delta_f, bar.error), abs=1e-5)
+    assert pair.overlap_matrix == pytest.approx(bar.overlap_matrix, abs=1e-5)
+    assert pair.overlap == pytest.approx(bar.overlap, abs=1e-5)
+    assert pair.n_outside == 5 and "5 of 1505 MD frames" in caplog.text
+
+
+def test_mbar_with_flow_without_frames_is_the_difference_of_common_samples():
+    flow, _ = gaussian_works()
+    both = np.stack([flow, flow + 0.3 * np.sin(flow) - 1.0])
+    result = free_energy.mbar_with_flow(both, [None, None]).between(1, 2)
+    common = free_energy.common_difference(*both)
+    assert result.delta_f == pytest.approx(common.delta_f, abs=1e-6)
+    assert result.error == pytest.approx(common.error, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("flow", "md", "message"),
+    [
+        ([0.0], [None], "needs log-weights"),
+        ([[0.0]], [], "0 sets of frames"),
+        ([[INF]], [None], r"NaN and \+inf"),
+        ([[0.0]], [[0.0]], "Frames of state 1"),
+        ([[0.0]], [[[INF]]], "No MD frame of state 1"),
+    ],
+)
+def test_mbar_with_flow_refuses(flow, md, message):
+    with pytest.raises(InputError, match=message):
+        free_energy.mbar_with_flow(flow, md)
+
+
+def test_decorrelated():
+    rng = np.random.default_rng(2)
+    slow = np.repeat(rng.standard_normal(100), 20)
+    fast = rng.standard_normal(2_000)
+    g = free_energy.statistical_inefficiency(slow)
+    assert g > 10
+    kept = free_energy.decorrelated(fast, slow)
+    assert abs(len(kept) - 2_000 / g) <= 1
+    assert np.all(np.diff(kept) >= np.floor(g)) and kept[0] == 0 and kept[-1] < 2_000
+    assert len(free_energy.decorrelated(np.ones(7))) == 7
+    for bad in ([], [np.ones(3), np.ones(4)]):
+        with pytest.raises(InputError, match="of one length"):
+            free_energy.decorrelated(*bad)
 
 
 def test_state_difference_by_hand():
@@ -156,6 +405,15 @@ def test_state_difference_by_hand():
 def test_state_difference_refuses(log_w, a, b, message):
     with pytest.raises(InputError, match=message):
         free_energy.state_difference(log_w, a, b)
+
+
+def test_state_difference_warns_of_a_state_with_few_samples(caplog):
+    a = np.arange(1_000) < 940
+    free_energy.state_difference(np.zeros(1_000), a, ~a)
+    assert not caplog.records
+    log_w = np.where(np.arange(1_000) < 990, 0.0, 3.0)  # in b ten samples of sixty carry nearly all
+    free_energy.state_difference(log_w, a, ~a)
+    assert "One of the two states is worth" in caplog.text
 
 
 def test_chain_state_difference_counts_passages(caplog):
