@@ -2,6 +2,7 @@
 
     python replica_exchange_moves.py [--iterations 100] [--temperatures 300 350 410 480]
     python replica_exchange_moves.py --temperatures 300 480 --hot-flow adp_480K.bg
+    python replica_exchange_moves.py -o run/ && python replica_exchange_moves.py -o run/ --resume
 
 One flow serves all temperatures, with fewer acceptances the further they are from its own. With a second flow, trained
 on MD at the highest temperature, the two carry conformations between bottom and top, which then need no states between.
@@ -13,7 +14,7 @@ import numpy as np
 from openmm import LangevinMiddleIntegrator, app, unit
 
 import openmm_bg as bg
-from openmm_bg.replica import FlowReplicaExchangeSampler
+from openmm_bg.replica import FlowReplicaExchangeReporter, FlowReplicaExchangeSampler
 from openmm_bg.simulate import torsion_angle
 
 PHI = (4, 6, 8, 14)
@@ -26,6 +27,8 @@ def main() -> None:
     parser.add_argument("--temperatures", type=float, nargs="+", default=[300.0, 350.0, 410.0, 480.0], help="K")
     parser.add_argument("--proposals", type=int, default=8, help="that a move chooses from (default: %(default)s)")
     parser.add_argument("--hot-flow", help="a flow of the same molecule, trained at the last temperature")
+    parser.add_argument("-o", "--output", help="folder for the log, checkpoints and a record of the flows")
+    parser.add_argument("--resume", action="store_true", help="continue from the folder of --output")
     arguments = parser.parse_args()
 
     molecule = bg.load_alanine_dipeptide()
@@ -47,6 +50,11 @@ def main() -> None:
         phi.append(torsion_angle(lowest.getPositions(asNumpy=True)._value[None], PHI)[0])
 
     sampler.reporters.append(record)
+    if arguments.output:
+        files = FlowReplicaExchangeReporter(
+            arguments.output, 1, sampler, energy=True, checkpoints=True, resume=arguments.resume
+        )
+        sampler.reporters.append(files)
     sampler.simulate(arguments.iterations)
 
     for temperature, counts in zip(arguments.temperatures, sampler.flow_statistics, strict=True):

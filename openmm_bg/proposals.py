@@ -1,8 +1,8 @@
 """A flow's proposals for one System, weighed with whatever energy a host computes.
 
 openmmtools and OpenMM's replica exchange own their Contexts and define their own reduced potentials. What their moves
-have in common lies here: formulas D, E and F of docs/theory.md on one set of positions, of the flow's molecule alone or
-among others that stay where they are. The rules are those of `moves`.
+have in common lies here: formulas D, E, F and G (s frozen) of docs/theory.md on one set of positions, of the flow's
+molecule alone or among others that stay where they are. The rules are those of `rules`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only then)
@@ -22,9 +22,10 @@ import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only the
 from openmm_bg.artifact import Flow
 from openmm_bg.coordinates import place_like
 from openmm_bg.errors import EnergyError, InputError
+from openmm_bg.latent_space import CHUNK, LatentSpace
 from openmm_bg.matching import match_system, require_count
-from openmm_bg.rules import metropolis
-from openmm_bg.sampler import CHUNK, FEW
+from openmm_bg.rules import annealing, metropolis
+from openmm_bg.surroundings import Signature, check_atoms, molecule_alone
 
 logger = logging.getLogger(__name__)
 
@@ -72,25 +73,37 @@ class FlowProposals:
 
     def __init__(self, flow: Flow, system: openmm.System, atoms: Sequence[int] | None = None) -> None:
         self.flow = flow
+        self.space = LatentSpace(flow, next(iter(flow.parameters())).device)
         self.atoms = None if atoms is None else np.array(check_atoms(atoms), dtype=np.int64)
+        own = system if self.atoms is None else molecule_alone(flow, system, self.atoms)
         # Lengths that the System frees are kept by every step and moved by the MD in between.
-        self.coordinates, _ = match_system(flow, self._own(system))
+        self.coordinates, _ = match_system(flow, own)
+        self._signature = Signature(system, self.particles)
 
-    def _own(self, system: openmm.System) -> openmm.System:
-        return system if self.atoms is None else _alone(self.flow, system, self.atoms)
+    @property
+    def particles(self) -> list[int]:
+        """The molecule's particles in the System, in the order of the flow's atoms."""
+        return list(range(self.coordinates.n_atoms)) if self.atoms is None else self.atoms.tolist()
+
+    def fits(self, system: openmm.System) -> bool:
+        """Whether the match still holds: False once the System has other particles, masses or constraints.
+
+        Φ is that of the System that was matched; a Context that is reinitialised may come to have another one.
+        """
+        return self._signature.fits(system)
 
     def require_same_system(self, system: openmm.System) -> None:
-        """Refuse a System with other constraints or masses than the one matched: Φ would be another's.
+        """Refuse a System with other particles, constraints or masses than the one matched: Φ would be another's.
 
         Raises
         ------
         InputError
             They differ, as after a Context was reinitialised with a changed System.
         """
-        if match_system(self.flow, self._own(system))[0].constraints != self.coordinates.constraints:
+        if not self.fits(system):
             raise InputError(
-                "The System's constraints or masses have changed since the flow was matched to it (was the Context "
-                "reinitialised?): make a new sampler."
+                "The System's particles, constraints or masses have changed since the flow was matched to it (was the "
+                "Context reinitialised?): make a new sampler."
             )
 
     def chain(
@@ -176,20 +189,13 @@ class FlowProposals:
         require_count("n_steps", n_steps)
         current, y, s = self.split(positions)
         reduced_potential = self.within(positions, reduced_potential)
-        log_w = self._current_log_weight(y, s, current, reduced_potential)
-        layout = self.coordinates.layout
-        proposal: dict[str, Any] = {
-            "circular": layout.circular,
-            "concentration": layout.concentration,
-            "fold": layout.fold,
-        }
-        with torch.no_grad(), torch.jit.optimized_execution(False):
-            z = self.flow.inverse(y.to(self._device))[0].cpu().numpy()
+        z, log_q = self.space.inverse(y)
+        log_w = self._current_log_weight(y, s, current, reduced_potential, log_q)
         state = metropolis.State(z, np.array([log_w]))
         chosen: FloatArray | None = None
         info: metropolis.Info | None = None
         for _ in range(n_steps):
-            z = metropolis.latent_proposal(state.value, rng, **proposal, a=step, width=step)
+            z = metropolis.latent_proposal(state.value, rng, **self.space.base, a=step, width=step)
             x, log_w_new = current[None], np.array([-np.inf])
             if log_w != np.inf:  # else the chain stays, and energies are saved
                 x, log_w_new = self._weigh(*self._forward(z), s, current, reduced_potential)
@@ -199,6 +205,67 @@ class FlowProposals:
                 chosen = x[0].numpy()
         assert info is not None
         return Outcome(None if chosen is None else self.merge(positions, chosen), info, log_w != np.inf)
+
+    def switching_chain(
+        self,
+        positions: FloatArray,
+        reduced_potential: Callable[[FloatArray], float],
+        rng: np.random.Generator,
+        *,
+        schedule: ArrayLike,
+        n_steps: int = 1,
+        step: float = 0.3,
+        n_kernel_steps: int = 1,
+    ) -> Outcome:
+        """n_steps nonequilibrium candidate moves (formula G) at this s; what stays is what `chain` keeps.
+
+        Down from the current state to the flow, a fresh draw, up to the candidate, with Metropolised latent steps at
+        every λ; α = min(1, W_up / W_down). About 2 · n_kernel_steps · (len(schedule) - 1) energies a move.
+
+        Parameters
+        ----------
+        positions, reduced_potential, rng
+            As for `chain`.
+        schedule
+            Increasing λ from 0 to 1.
+        step
+            As for `latent_chain`, of the steps at every λ.
+        n_kernel_steps
+            Latent steps at each λ.
+
+        Raises
+        ------
+        InputError, EnergyError
+            As for `chain`; a schedule that does not lead from 0 to 1, a step outside (0, 1].
+        """
+        require_count("n_steps", n_steps)
+        lambdas = annealing.check_schedule(schedule)
+        kernel = annealing.latent_kernel(**self.space.base, a=step, width=step, n_steps=n_kernel_steps)
+        current, y, s = self.split(positions)
+        reduced_potential = self.within(positions, reduced_potential)
+        z, log_q = self.space.inverse(y)
+        inside = self._current_log_weight(y, s, current, reduced_potential, log_q) != np.inf
+
+        def log_target(z: FloatArray) -> FloatArray:
+            """log π(f(z), s) + log |det df/dz|."""
+            y, log_det = self.space.forward(z)
+            return self.log_density(*self.place(y, s.expand(len(y), -1), current), reduced_potential) + log_det.numpy()
+
+        state = metropolis.State(z, np.array([0.0 if inside else np.inf]))
+        info: metropolis.Info | None = None
+        for _ in range(n_steps):
+            if inside:
+                state, part = annealing.nonequilibrium_candidate_move(
+                    state.value, self.space.log_base, log_target, self.space.draw, kernel, lambdas, rng
+                )
+            else:  # no leg is worth its energies: the rule keeps a state with q = 0
+                state, part = metropolis.metropolis_step(state, metropolis.State(z, np.array([-np.inf])), rng)
+            info = part if info is None else info + part
+        assert info is not None
+        if not info.n_accepted:
+            return Outcome(None, info, inside)
+        chosen = self.place(self.space.forward(state.value)[0], s, current)[0][0]
+        return Outcome(self.merge(positions, chosen.numpy()), info, inside)
 
     def split(self, positions: FloatArray) -> tuple[Tensor, Tensor, Tensor]:
         """The molecule's own positions [n, 3], y [1, D] and s [1, S] of those of the System [N, 3], checked.
@@ -212,6 +279,7 @@ class FlowProposals:
         n = self.coordinates.n_atoms
         if x.ndim != 2 or x.shape[1] != 3 or (len(x) != n if self.atoms is None else len(x) <= self.atoms.max()):
             raise InputError(f"The positions have shape {x.shape}, the flow's molecule {n} atoms: they are another's.")
+        self.space.eval()  # dropout would void every density
         current = torch.from_numpy(x if self.atoms is None else x[self.atoms])
         if not bool(torch.isfinite(current).all()):
             raise InputError("The current positions contain NaN or infinite values: set them before a move.")
@@ -260,12 +328,17 @@ class FlowProposals:
         return np.where(np.isfinite(found), found, -np.inf)
 
     def _current_log_weight(
-        self, y: Tensor, s: Tensor, x: Tensor, reduced_potential: Callable[[FloatArray], float]
+        self,
+        y: Tensor,
+        s: Tensor,
+        x: Tensor,
+        reduced_potential: Callable[[FloatArray], float],
+        known_log_q: Tensor | None = None,
     ) -> float:
         """log π - log q of the current state; +inf where q = 0, -inf where only π = 0."""
         if not bool(self.coordinates.in_domain(y, s)[0]):
             return float("inf")
-        log_q = float(self._log_q(y)[0])
+        log_q = float((self._log_q(y) if known_log_q is None else known_log_q)[0])
         if not np.isfinite(log_q):  # decided before the energy, or -inf would be subtracted from -inf
             return float("inf")
         try:
@@ -290,29 +363,15 @@ class FlowProposals:
 
     def _forward(self, z: FloatArray) -> tuple[Tensor, Tensor]:
         """y [B, D] and log q [B] of latent z [B, D], float64 on the CPU."""
-        latent = torch.from_numpy(z).to(self._device)
-        with torch.no_grad(), torch.jit.optimized_execution(len(z) > FEW):
-            y, log_det = self.flow.forward(latent)
-            log_q = self.flow.density.base_log_prob(latent) - log_det  # type: ignore[operator]
-        return y.to("cpu", torch.float64), log_q.to("cpu", torch.float64)
+        y, log_det = self.space.forward(z)
+        return y, torch.from_numpy(self.space.log_base(z)) - log_det
 
     def _draw(self, n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """n samples y and log q, float64 on the CPU."""
-        device, seed = self._device, int(rng.integers(2**62))
-        few = torch.jit.optimized_execution(n > FEW)
-        with few, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            if (
-                device.type == "cpu"
-            ):  # torch.manual_seed takes longer than an energy, for accelerators that are not used
-                torch.default_generator.manual_seed(seed)
-            else:
-                torch.manual_seed(seed)
-            y, log_q = self.flow.sample(n)
-        return y.to("cpu", torch.float64), log_q.to("cpu", torch.float64)
+        return self.space.sample(n, rng)
 
     def _log_q(self, y: Tensor) -> Tensor:
-        with torch.no_grad(), torch.jit.optimized_execution(len(y) > FEW):
-            return self.flow.log_prob(y.to(self._device, torch.float64)).to("cpu", torch.float64)
+        return self.space.inverse(y)[1]
 
 
 def _energy(frame: FloatArray, reduced_potential: Callable[[FloatArray], float]) -> float:
@@ -331,84 +390,11 @@ def check_counts(n_steps: int, n_proposals: int) -> None:
     require_count("n_proposals", n_proposals)
 
 
-def check_atoms(atoms: Sequence[int]) -> list[int]:
-    """Particle indices as a list of ints.
-
-    Raises
-    ------
-    InputError
-        They are not whole numbers from 0 on, all different.
-    """
-    found = list(atoms)
-    if any(isinstance(k, (bool, np.bool_)) or not isinstance(k, (int, np.integer)) or k < 0 for k in found):
-        raise InputError("atom_subset must be a list of particle indices, whole numbers from 0 on.")
-    if not found or len(set(found)) < len(found):
-        raise InputError("atom_subset must name each of the molecule's particles once.")
-    return [int(k) for k in found]
-
-
-def require_molecule(context: openmm.Context, atoms: Sequence[int]) -> None:
-    """Refuse a periodic Context that does not see that these particles are one molecule.
-
-    A barostat scales the centres of what it takes for molecules, and periodic wrapping moves them: either would tear
-    the flow's molecule apart, and the internal coordinates of the pieces mean nothing.
-
-    Raises
-    ------
-    InputError
-        Two of the particles belong to different molecules.
-    """
-    if not context.getSystem().usesPeriodicBoundaryConditions():
-        return
-    home = next(set(molecule) for molecule in context.getMolecules() if atoms[0] in molecule)
-    strangers = [k for k in atoms if k not in home]
-    if strangers:
-        raise InputError(
-            f"In this periodic System particles {atoms[0]} and {strangers[0]} are different molecules, which a "
-            "barostat or wrapping would part: give the System the bonds of the flow's molecule."
-        )
-
-
-def _alone(flow: Flow, system: openmm.System, atoms: NDArray[np.int64]) -> openmm.System:
-    """The molecule as a System of its own: masses, constraints and harmonic bonds among its particles.
-
-    Φ of the whole System is this System's plus a constant, because no constraint leads from the molecule to others.
-    """
-    total, n = system.getNumParticles(), flow.coordinates.n_atoms
-    if len(atoms) != n:
-        raise InputError(
-            f"atom_subset names {len(atoms)} particles, the flow's molecule has {n}: name all, in its order."
-        )
-    if atoms.max() >= total:
-        raise InputError(f"atom_subset names particle {atoms.max()}, the System has {total} particles.")
-    forces = system.getForces()
-    if any(isinstance(force, openmm.DrudeForce) for force in forces):
-        raise InputError("The System has Drude particles: polarisable models of that kind are not supported.")
-    own = {int(particle): k for k, particle in enumerate(atoms)}
-    alone = openmm.System()
-    for particle in own:
-        alone.addParticle(system.getParticleMass(particle))
-    for k in range(total):
-        if system.isVirtualSite(k):
-            site = system.getVirtualSite(k)
-            if k in own or any(site.getParticle(i) in own for i in range(site.getNumParticles())):
-                raise InputError(f"Particle {k} is a virtual site of the flow's molecule: flows need real atoms only.")
-    for k in range(system.getNumConstraints()):
-        i, j, length = system.getConstraintParameters(k)
-        if (i in own) != (j in own):
-            raise InputError(f"A constraint holds particle {i} to {j}, of which atom_subset names one: name them all.")
-        if i in own:
-            alone.addConstraint(own[i], own[j], length)
-    bonded = [force for force in forces if isinstance(force, openmm.HarmonicBondForce)]
-    if bonded:
-        bonds = openmm.HarmonicBondForce()
-        for force in bonded:
-            for k in range(force.getNumBonds()):
-                i, j, length, strength = force.getBondParameters(k)
-                if i in own and j in own:
-                    bonds.addBond(own[i], own[j], length, strength)
-        alone.addForce(bonds)
-    return alone
+def check_step(step: Any) -> float:
+    """A latent step in (0, 1] as a float, or `InputError`."""
+    if isinstance(step, bool) or not isinstance(step, (int, float, np.number)) or not 0.0 < step <= 1.0:
+        raise InputError(f"The step of a latent move must be a number in (0, 1], got {step!r}.")
+    return float(step)
 
 
 def redraw_velocities(context: openmm.Context, temperature: float, rng: np.random.Generator) -> FloatArray:

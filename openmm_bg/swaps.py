@@ -18,8 +18,8 @@ import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only the
 
 from openmm_bg.artifact import Flow, topology_digest
 from openmm_bg.errors import EnergyError, InputError
+from openmm_bg.latent_space import FEW
 from openmm_bg.proposals import FlowProposals
-from openmm_bg.sampler import FEW
 
 FloatArray = NDArray[np.float64]
 

@@ -1,4 +1,4 @@
-"""The flow's molecule among others: `atom_subset` of the openmmtools moves, and latent moves."""
+"""The flow's molecule among others: `atom_subset` of the openmmtools moves, and latent and nonequilibrium moves."""
 # ruff: noqa: NPY002  (openmmtools, and so the move, draws from numpy's global generator)
 
 import copy
@@ -7,11 +7,14 @@ import json
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import openmm_bg as bg
 from openmm_bg import proposals
 from openmm_bg.energy import BOLTZMANN
-from openmm_bg.mcmc import BoltzmannGeneratorMove, LatentFlowMove
+from openmm_bg.latent_space import LatentSpace
+from openmm_bg.mcmc import BoltzmannGeneratorMove, LatentFlowMove, NonequilibriumFlowMove
+from openmm_bg.rules import annealing
 from openmm_bg.simulate import torsion_angle
 
 import openmm  # isort: skip
@@ -191,6 +194,60 @@ def test_latent_moves_weigh_with_the_density_itself(dipeptide, artifact, context
     assert np.abs(seen[0][0] - flow.inverse(y[:1])[0].detach().numpy()).max() > 0.05
 
 
+def test_switching_moves_work_on_the_states_own_bridge(dipeptide, artifact, contexts, monkeypatch):
+    """log π - log q of every state that the legs visit, from positions alone; W_up and W_down from those."""
+    rule, seen, legs = annealing.nonequilibrium_candidate_move, [], []
+
+    def record_rule(z, log_base, log_target, sample, kernel, schedule, rng):
+        def target(z):
+            value = log_target(z)
+            seen.append((z.copy(), float(value[0] - log_base(z)[0])))
+            return value
+
+        return rule(z, log_base, target, sample, kernel, schedule, rng)
+
+    def record_leg(name):
+        genuine = getattr(annealing, name)
+
+        def leg(state, *arguments):
+            final, work, info = genuine(state, *arguments)
+            legs.append((name, float(state.log_w[0]), float(final.log_w[0]), float(work[0])))
+            return final, work, info
+
+        monkeypatch.setattr(annealing, name, leg)
+
+    record_leg("down_leg")
+    record_leg("up_leg")
+    monkeypatch.setattr(annealing, "nonequilibrium_candidate_move", record_rule)
+    system, flow = among_others(dipeptide.system), dipeptide.flow
+    state = states.ThermodynamicState(system, 340.0 * unit.kelvin)
+    y, s = flow.to_internal(dipeptide.positions)
+    start = together(flow.to_positions(y, s)[0].numpy())
+    replica = at(start)
+    np.random.seed(6)
+    move = NonequilibriumFlowMove(artifact, schedule=[0.0, 0.4, 1.0], step=0.2, atom_subset=ATOMS)
+    move.apply(state, replica, context_cache=contexts)
+    with torch.no_grad():
+        y = flow.forward(torch.from_numpy(np.concatenate([z for z, _ in seen])))[0]
+        log_q = flow.log_prob(y).numpy()
+    fixed = s.expand(len(y), -1)
+    frames = together(flow.coordinates.to_positions(y, fixed).numpy())
+    u = Energies(system)(frames) / (BOLTZMANN * 340.0)
+    expected = flow.coordinates.log_volume(y, fixed).numpy() - u - log_q
+    found = np.array([w for _, w in seen])
+    inside = np.isfinite(found)
+    # The current state, two kernels down, a fresh draw, two kernels up.
+    assert len(found) == 6 and inside[0] and inside.sum() > 2
+    np.testing.assert_allclose(found[inside], expected[inside], rtol=1e-6, atol=1e-4)
+    assert [name for name, *_ in legs] == ["down_leg", "up_leg"]
+    for name, first, last, work in legs:  # with two increments of λ each work has two terms, both at visited states
+        terms = 0.4 * (last if name == "down_leg" else first) + 0.6 * np.append(found[inside], -np.inf)
+        assert np.abs(np.nan_to_num(terms - work, nan=0.0)).min() < 1e-6
+    assert move.statistics["n_proposed"] == 1
+    if move.statistics["n_accepted"]:
+        assert np.abs(frames - positions_of(replica)).max(axis=(1, 2)).min() < 1e-6
+
+
 def test_a_molecule_across_the_boundary_stays_whole(dipeptide, artifact, contexts):
     """OpenMM wraps molecules as wholes, so that MD and moves alternate wherever they stand; a torn one is refused."""
     system, box = among_others(dipeptide.system, periodic=True), 3.0 * np.eye(3)
@@ -262,10 +319,13 @@ def test_wrong_subsets_are_refused(dipeptide, artifact, contexts):
     refused("Drude", system=drude)
 
 
-@pytest.mark.parametrize("kind", ["proposals", "latent"])
+KINDS = [BoltzmannGeneratorMove, LatentFlowMove, NonequilibriumFlowMove]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_failed_move_leaves_the_state_alone(dipeptide, artifact, contexts, monkeypatch, kind):
     system, x = among_others(dipeptide.system), together(dipeptide.positions)
-    move = (BoltzmannGeneratorMove if kind == "proposals" else LatentFlowMove)(artifact, 6, atom_subset=ATOMS)
+    move = kind(artifact, 6, atom_subset=ATOMS)
     state, replica = states.ThermodynamicState(system, 300.0 * unit.kelvin), at(x)
     replica.velocities = np.ones((26, 3)) * unit.nanometer / unit.picosecond
     positions, velocities = replica.positions, replica.velocities
@@ -289,28 +349,40 @@ def test_a_failed_move_leaves_the_state_alone(dipeptide, artifact, contexts, mon
         move.apply(state, replica, context_cache=contexts)
     assert replica.positions is positions and replica.velocities is velocities
     assert np.array_equal(positions_of(replica), x) and move.statistics["n_proposed"] == 0
+    assert state.temperature == 300.0 * unit.kelvin and state.n_particles == 26
 
 
 def test_stored_moves_keep_their_options(artifact):
     for move in (
         BoltzmannGeneratorMove(artifact, 2, 3, atom_subset=np.array(ATOMS)),
         LatentFlowMove(artifact, 4, 0.25, atom_subset=ATOMS),
+        NonequilibriumFlowMove(artifact, 2, np.linspace(0.0, 1.0, 8), 0.2, 3, atom_subset=ATOMS),
     ):
         stored = json.loads(json.dumps(serialize(move)))
         again = deserialize(dict(stored))  # which takes entries out
         assert type(again) is type(move) and again.__getstate__() == move.__getstate__()
         assert again.atom_subset == ATOMS and copy.deepcopy(move).atom_subset == ATOMS
+        assert deserialize(yaml.safe_load(yaml.safe_dump(serialize(move)))).__getstate__() == move.__getstate__()
         first = {k: v for k, v in stored.items() if k != "atom_subset"} | {"version": 1}
         assert deserialize(first).atom_subset is None  # as written before atom_subset existed
-    assert "0.25" in repr(move) and "22 particles" in repr(move)
+        assert str(move._OPTIONS and getattr(move, next(iter(move._OPTIONS)))) in repr(move)
+    assert "22 particles" in repr(move)
     for step in (0.0, 1.1, "x", True, float("nan")):
         with pytest.raises(ValueError, match="step"):
             LatentFlowMove(artifact, step=step)
+        with pytest.raises(ValueError, match="step"):
+            NonequilibriumFlowMove(artifact, step=step)
+    for schedule in ([0.0, 0.5], [0.0, 1.0, 1.0], [1.0, 0.0], 5, "λ", [0.0, None, 1.0], None):
+        with pytest.raises(ValueError, match="schedule"):
+            NonequilibriumFlowMove(artifact, schedule=schedule)
+    with pytest.raises(ValueError, match="n_kernel_steps"):
+        NonequilibriumFlowMove(artifact, n_kernel_steps=0)
 
 
-def test_latent_moves_outside_the_support_stay(dipeptide, artifact, contexts):
+@pytest.mark.parametrize("kind", KINDS)
+def test_moves_outside_the_support_stay(dipeptide, artifact, contexts, kind):
     mirrored = np.array(dipeptide.positions) * [1.0, 1.0, -1.0]
-    replica, move = at(mirrored), LatentFlowMove(artifact, n_steps=3)
+    replica, move = at(mirrored), kind(artifact, n_steps=3)
     move.apply(states.ThermodynamicState(dipeptide.system, 300.0 * unit.kelvin), replica, context_cache=contexts)
     assert np.array_equal(positions_of(replica), mirrored) and replica.velocities is None
     assert move.statistics == {"n_accepted": 0, "n_proposed": 3, "n_outside": 3}
@@ -406,16 +478,13 @@ def test_others_left_out_of_the_energy_are_caught(artifact, starts, monkeypatch)
 def test_a_broken_latent_move_is_caught(artifact, starts, monkeypatch):
     """log q without the base, as if latent space were flat."""
 
-    def forward(this, z):
-        with torch.no_grad():
-            y, log_det = this.flow.forward(torch.from_numpy(z))
-        return y, -log_det
+    inverse, log_base = LatentSpace.inverse, LatentSpace.log_base
 
-    def log_q(this, y):
-        with torch.no_grad():
-            return this.flow.inverse(y)[1]
+    def flat_inverse(this, y):
+        z, log_q = inverse(this, y)
+        return z, log_q - torch.from_numpy(log_base(this, z))
 
-    monkeypatch.setattr(proposals.FlowProposals, "_forward", forward)
-    monkeypatch.setattr(proposals.FlowProposals, "_log_q", log_q)
+    monkeypatch.setattr(LatentSpace, "inverse", flat_inverse)
+    monkeypatch.setattr(LatentSpace, "log_base", lambda this, z: np.zeros(len(z)))
     z = scores(starts, moves_to_test(artifact)["F"], seed=12)
     assert max(abs(value) for value in z.values()) > 5.0, z

@@ -17,6 +17,7 @@ def test_replica_exchange_moves(tmp_path):
         [
             *(sys.executable, str(ROOT / "examples" / "replica_exchange_moves.py"), "--iterations", "4"),
             *("--md-steps", "5", "--temperatures", "300", "350", "--proposals", "4", "--hot-flow", "hot.bg"),
+            *("-o", "run"),
         ],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
@@ -25,6 +26,9 @@ def test_replica_exchange_moves(tmp_path):
         timeout=300,
     )
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    assert {"log.csv", "energy.csv", "checkpoint_1.xml", "flow_moves.json"} <= {
+        p.name for p in (tmp_path / "run").iterdir()
+    }
     for temperature in (300, 350):
         found = re.search(rf"{temperature} K: accepted (\d+) of (\d+) moves", result.stdout)
         assert found is not None and 0 <= int(found[1]) <= int(found[2]) == 4

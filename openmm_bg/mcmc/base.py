@@ -1,13 +1,14 @@
-"""Exact flow moves for openmmtools: fresh proposals (formulas D and E of docs/theory.md) and latent moves (F)."""
+"""What openmmtools' flow moves have in common: the flow's file, the molecule, counters, and how they are stored."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -15,21 +16,37 @@ import numpy as np
 import torch  # noqa: F401  # isort: skip  (before OpenMM, or its torch plugin does not load)
 import openmm  # isort: skip
 from openmm import unit  # isort: skip
-from openmmtools.mcmc import MCMCMove  # isort: skip  (the base class: whoever imports this module wants openmmtools)
+from openmmtools.mcmc import MCMCMove  # isort: skip  (the base class: whoever imports this room wants openmmtools)
 
 from openmm_bg.artifact import Flow, load
 from openmm_bg.errors import ArtifactError, InputError
 from openmm_bg.matching import require_count
-from openmm_bg.proposals import FlowProposals, Outcome, check_atoms, redraw_velocities, require_molecule
+from openmm_bg.proposals import FlowProposals, Outcome, check_step, redraw_velocities
+from openmm_bg.surroundings import check_atoms, require_molecule
 
 STATE_VERSION = 2  # 1 had no atom_subset
 _COUNTS = ("n_accepted", "n_proposed", "n_outside")
+
+ReducedPotential = Callable[[np.ndarray], float]
+#: Name of an option to what checks its value and makes it one that JSON can hold.
+Options = Mapping[str, Callable[[str, Any], Any]]
 
 # Moves are copied at every iteration and written at every checkpoint, so that neither flow nor coordinates belong to
 # them: one copy per process, found again by the file's digest.
 _flows: dict[str, Flow] = {}
 _Key = tuple[str, tuple[int, ...] | None]
 _proposals: WeakKeyDictionary[openmm.Context, dict[_Key, FlowProposals]] = WeakKeyDictionary()
+
+
+def checked_count(name: str, value: Any) -> int:
+    """A whole number of at least 1, or `InputError`."""
+    require_count(name, value)
+    return int(value)
+
+
+def checked_step(name: str, value: Any) -> float:
+    """A latent step in (0, 1], or `InputError`."""
+    return check_step(value)
 
 
 class FlowMove(MCMCMove):
@@ -43,26 +60,42 @@ class FlowMove(MCMCMove):
         Metropolis steps at each application.
     atom_subset
         Particles of the flow's molecule, in the order of its atoms; None if it is the whole System.
+    options
+        Those that `_OPTIONS` names, all of them.
     """
 
-    #: What a subclass adds to the stored form.
-    _OPTIONS: tuple[str, ...] = ()
+    #: What a subclass adds: the name of each option, and what checks its value and makes it one that JSON can hold.
+    _OPTIONS: ClassVar[Options] = {}
 
     def __init__(
-        self, flow_path: str | os.PathLike[str], n_steps: int = 1, atom_subset: Sequence[int] | None = None
+        self,
+        flow_path: str | os.PathLike[str],
+        n_steps: int = 1,
+        atom_subset: Sequence[int] | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
+        self._set_options(options)
         if not isinstance(flow_path, (str, os.PathLike)):
             raise InputError(
                 f"A move takes the path of a saved flow, not a {type(flow_path).__name__}: save() it and pass the path."
             )
-        require_count("n_steps", n_steps)
-        self.n_steps = int(n_steps)
+        self.n_steps = checked_count("n_steps", n_steps)
         self.atom_subset = None if atom_subset is None else check_atoms(atom_subset)
-        self.flow_path = str(Path(flow_path).absolute())
-        self.flow_sha256 = _digest(self.flow_path)
+        self.flow_path = sys.intern(str(Path(flow_path).absolute()))
+        self.flow_sha256 = sys.intern(_digest(self.flow_path))
         _flow(self.flow_path, self.flow_sha256)  # a foreign file shows here, not after hours of MD
         self._counts = dict.fromkeys(_COUNTS, 0)
+
+    @property
+    def n_accepted(self) -> int:
+        """Steps that moved, as openmmtools' own moves have it."""
+        return self._counts["n_accepted"]
+
+    @property
+    def n_proposed(self) -> int:
+        """Steps, as openmmtools' own moves have it."""
+        return self._counts["n_proposed"]
 
     @property
     def statistics(self) -> dict[str, int]:
@@ -78,7 +111,7 @@ class FlowMove(MCMCMove):
         self,
         proposals: FlowProposals,
         positions: np.ndarray,
-        reduced_potential: Callable[[np.ndarray], float],
+        reduced_potential: ReducedPotential,
         rng: np.random.Generator,
     ) -> Outcome:
         """n_steps of the subclass's rule from these positions (nm)."""
@@ -99,8 +132,8 @@ class FlowMove(MCMCMove):
         Raises
         ------
         InputError
-            A state of another System than the flow's, positions that are not finite, or a periodic System in which
-            OpenMM does not see the molecule as one.
+            A state of another System than the flow's, positions that are not finite, a periodic System in which
+            OpenMM does not see the molecule as one, or a cached Context that was reinitialised with another System.
         ArtifactError
             The flow's file is gone, or has changed since the move was made.
         EnergyError
@@ -121,6 +154,12 @@ class FlowMove(MCMCMove):
                 f"{thermodynamic_state.n_particles}: they belong to different Systems."
             )
         context, _ = self._get_context_cache(context_cache).get_context(thermodynamic_state)
+        n_particles = context.getSystem().getNumParticles()
+        if n_particles != sampler_state.n_particles:
+            raise InputError(
+                f"The cached Context has {n_particles} particles, the states {sampler_state.n_particles} (was it "
+                "reinitialised with another System?): empty the context cache."
+            )
         proposals = _matched(flow, self.flow_sha256, self.atom_subset, context)
         sampler_state.apply_to_context(context, ignore_velocities=True)
 
@@ -166,18 +205,19 @@ class FlowMove(MCMCMove):
         missing = [name for name in needed if name not in serialization]
         if missing:
             raise ArtifactError(f"A stored flow move lacks {', '.join(missing)}: its file is damaged.")
-        require_count("n_steps", serialization["n_steps"])
         atoms = serialization.get("atom_subset")
-        self.flow_path = str(serialization["flow_path"])
-        self.flow_sha256 = str(serialization["flow_sha256"])
-        self.n_steps = int(serialization["n_steps"])
+        # A run has hundreds of moves with the same path: copies share it, and so do those that are read back.
+        self.flow_path = sys.intern(str(serialization["flow_path"]))
+        self.flow_sha256 = sys.intern(str(serialization["flow_sha256"]))
+        self.n_steps = checked_count("n_steps", serialization["n_steps"])
         self.atom_subset = None if atoms is None else check_atoms(atoms)
         self._set_options(serialization)
         self._counts = _read_counts(serialization)
 
-    @abstractmethod
     def _set_options(self, options: Mapping[str, Any]) -> None:
         """Check and take what `_OPTIONS` names; other entries do not matter."""
+        for name, checked in self._OPTIONS.items():
+            setattr(self, name, checked(name, options[name]))
 
     def __repr__(self) -> str:
         options = "".join(f", {name}={getattr(self, name)}" for name in self._OPTIONS)
@@ -186,125 +226,6 @@ class FlowMove(MCMCMove):
             f"{type(self).__name__}({self.flow_path!r}, n_steps={self.n_steps}{options}{subset}, "
             f"accepted {self._counts['n_accepted']} of {self._counts['n_proposed']})"
         )
-
-
-class BoltzmannGeneratorMove(FlowMove):
-    """Metropolis steps with a flow's proposals, exact for the thermodynamic state that they are applied in.
-
-    Keeps what the flow does not model; put it beside a move that changes everything, such as MD:
-    ``SequenceMove([LangevinDynamicsMove(...), BoltzmannGeneratorMove("adp.bg", n_proposals=8)])``. Temperature,
-    pressure, restraints and alchemical parameters are those of the state. After an acceptance all velocities are drawn
-    anew; without one the sampler state is not touched.
-
-    Among other molecules the flow's stands where it stood (seed atom 0, the direction to atom 1 and the half-plane of
-    atom 2) and the others do not move. In explicit solvent such proposals run into it and hardly any is accepted.
-
-    Random numbers follow ``numpy.random.seed``, as those of openmmtools' own moves do. openmmtools reads the moves in
-    its ``.nc`` files with a YAML loader that can run code: resume only from files you trust.
-
-    Parameters
-    ----------
-    flow_path
-        Path of an artifact (`Flow.save`). Serialised moves hold this path and the file's sha256, never the flow:
-        the file has to be there, unchanged, wherever they are applied.
-    n_steps
-        Metropolis steps at each application.
-    n_proposals
-        Proposals that a step chooses from: 1 is formula D, more are formula E.
-    atom_subset
-        Particles of the flow's molecule, in the order of the flow's atoms; None if it is the whole System.
-
-    Attributes
-    ----------
-    statistics
-        ``n_proposed``, ``n_accepted`` (steps and those that moved) and ``n_outside`` (steps from a state with
-        q = 0, which no flow move can leave); settable.
-
-    Raises
-    ------
-    ArtifactError
-        There is no file at ``flow_path``, or it cannot be read.
-    InputError
-        ``flow_path`` is not a path; n_steps or n_proposals below 1; atom_subset no list of particles.
-    """
-
-    _OPTIONS = ("n_proposals",)
-
-    def __init__(
-        self,
-        flow_path: str | os.PathLike[str],
-        n_steps: int = 1,
-        n_proposals: int = 1,
-        atom_subset: Sequence[int] | None = None,
-    ) -> None:
-        self._set_options({"n_proposals": n_proposals})
-        super().__init__(flow_path, n_steps, atom_subset)
-
-    def _set_options(self, options: Mapping[str, Any]) -> None:
-        require_count("n_proposals", options["n_proposals"])
-        self.n_proposals = int(options["n_proposals"])
-
-    def _walk(
-        self,
-        proposals: FlowProposals,
-        positions: np.ndarray,
-        reduced_potential: Callable[[np.ndarray], float],
-        rng: np.random.Generator,
-    ) -> Outcome:
-        return proposals.chain(positions, reduced_potential, rng, n_steps=self.n_steps, n_proposals=self.n_proposals)
-
-
-class LatentFlowMove(FlowMove):
-    """Local Metropolis steps in a flow's latent space (formula F), exact like `BoltzmannGeneratorMove`.
-
-    A step moves all modelled coordinates a little, along the flow's own directions: what is left to do where fresh
-    proposals are hardly ever accepted, as for larger molecules or a molecule among others.
-
-    Parameters
-    ----------
-    flow_path, n_steps, atom_subset
-        As for `BoltzmannGeneratorMove`.
-    step
-        a of the Gaussian dimensions, in (0, 1], and width (rad) of the walk on the circular ones. Choose it in a run of
-        its own (an acceptance between a quarter and a half serves well) and leave it alone: the move never adapts it.
-
-    Attributes
-    ----------
-    statistics
-        As for `BoltzmannGeneratorMove`.
-
-    Raises
-    ------
-    ArtifactError, InputError
-        As for `BoltzmannGeneratorMove`; a step outside (0, 1].
-    """
-
-    _OPTIONS = ("step",)
-
-    def __init__(
-        self,
-        flow_path: str | os.PathLike[str],
-        n_steps: int = 1,
-        step: float = 0.3,
-        atom_subset: Sequence[int] | None = None,
-    ) -> None:
-        self._set_options({"step": step})
-        super().__init__(flow_path, n_steps, atom_subset)
-
-    def _set_options(self, options: Mapping[str, Any]) -> None:
-        step = options["step"]
-        if isinstance(step, bool) or not isinstance(step, (int, float, np.number)) or not 0.0 < step <= 1.0:
-            raise InputError(f"The step of a latent move must be a number in (0, 1], got {step!r}.")
-        self.step = float(step)
-
-    def _walk(
-        self,
-        proposals: FlowProposals,
-        positions: np.ndarray,
-        reduced_potential: Callable[[np.ndarray], float],
-        rng: np.random.Generator,
-    ) -> Outcome:
-        return proposals.latent_chain(positions, reduced_potential, rng, n_steps=self.n_steps, step=self.step)
 
 
 def _read_counts(value: Mapping[str, Any]) -> dict[str, int]:
@@ -337,11 +258,15 @@ def _flow(path: str, sha256: str) -> Flow:
 
 
 def _matched(flow: Flow, sha256: str, atoms: Sequence[int] | None, context: openmm.Context) -> FlowProposals:
-    """The flow matched to a Context's System, remembered for as long as the Context lives."""
+    """The flow matched to a Context's System, remembered for as long as the Context lives and its System stays.
+
+    A Context that is reinitialised after its System was changed is the same object with another Φ.
+    """
     known = _proposals.setdefault(context, {})
     key = (sha256, None if atoms is None else tuple(atoms))
-    if key not in known:
+    if key not in known or not known[key].fits(context.getSystem()):
+        known.pop(key, None)  # what no longer holds must not be found after a refusal either
         found = FlowProposals(flow, context.getSystem(), atoms)
-        require_molecule(context, range(flow.coordinates.n_atoms) if atoms is None else atoms)
+        require_molecule(context, found.particles)
         known[key] = found
     return known[key]

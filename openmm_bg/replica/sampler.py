@@ -1,12 +1,14 @@
-"""Exact flow moves and learned swaps inside OpenMM's own replica exchange (formulas D, E and I of docs/theory.md)."""
+"""Exact flow moves and learned swaps inside OpenMM's own replica exchange (formulas D to G and I of docs/theory.md)."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 import torch  # noqa: F401  # isort: skip  (before OpenMM, or its torch plugin does not load)
 from openmm import app, unit  # isort: skip
@@ -14,7 +16,10 @@ from openmm import app, unit  # isort: skip
 from openmm_bg.artifact import Flow, load
 from openmm_bg.energy import thermal_energy
 from openmm_bg.errors import InputError
-from openmm_bg.proposals import FlowProposals, check_counts, redraw_velocities, require_molecule
+from openmm_bg.matching import require_count
+from openmm_bg.proposals import FlowProposals, Outcome, check_counts, check_step, redraw_velocities
+from openmm_bg.rules.annealing import check_schedule
+from openmm_bg.surroundings import require_molecule
 from openmm_bg.swaps import FlowSwap
 
 _NO_STEPS = {"n_proposed": 0, "n_accepted": 0, "n_outside": 0}
@@ -41,9 +46,17 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
     flow_states
         Indices of the states in which flow moves are made; None stands for all, an empty list for none.
     n_steps
-        Metropolis steps per replica and iteration.
+        Metropolis steps (candidate moves with ``schedule``) per replica and iteration.
     n_proposals
         Proposals that a step chooses from: 1 is formula D, more are formula E.
+    step
+        Makes latent steps (formula F) of this size in place of fresh proposals: a of the Gaussian dimensions, in
+        (0, 1], and width (rad) on the circular ones.
+    schedule
+        Increasing λ from 0 to 1: makes nonequilibrium candidate moves (formula G), whose latent steps at every λ are
+        of size ``step`` (0.3 if left out).
+    n_kernel_steps
+        Latent steps at each λ of ``schedule``.
     seed
         Of proposals, choices, learned swaps and redrawn velocities. Exchanges draw from Python's ``random``.
     state_flows
@@ -58,6 +71,8 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
 
     Attributes
     ----------
+    proposals
+        The flow of each state, matched to the System.
     flow_statistics
         For each state ``n_proposed``, ``n_accepted`` (steps and those that moved) and ``n_outside`` (steps from a
         state with q = 0, which no flow move can leave).
@@ -67,8 +82,8 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
     Raises
     ------
     InputError
-        The System is not the flow's, a state that does not exist, n_steps or n_proposals below 1, a temperature that
-        is not positive, flows of different coordinates to swap between.
+        The System is not the flow's, a state that does not exist, n_steps or n_proposals below 1, options of different
+        kinds of moves together, a temperature that is not positive, flows of different coordinates to swap between.
     ArtifactError
         A flow cannot be read.
     """
@@ -84,6 +99,9 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
         flow_states: Iterable[int] | None = None,
         n_steps: int = 1,
         n_proposals: int = 1,
+        step: float | None = None,
+        schedule: ArrayLike | None = None,
+        n_kernel_steps: int = 1,
         seed: int | None = None,
         state_flows: Mapping[int, Flow | str | os.PathLike[str]] | None = None,
         swaps: Iterable[tuple[int, int]] = (),
@@ -91,6 +109,14 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
         atom_subset: Sequence[int] | None = None,
     ) -> None:
         check_counts(n_steps, n_proposals)
+        require_count("n_kernel_steps", n_kernel_steps)
+        if n_proposals > 1 and not (step is None and schedule is None):
+            raise InputError("n_proposals chooses among fresh proposals: leave it out beside step or schedule.")
+        if n_kernel_steps > 1 and schedule is None:
+            raise InputError("n_kernel_steps counts the latent steps at each λ: give a schedule as well.")
+        self.step = None if step is None else check_step(step)
+        self.schedule = None if schedule is None else [float(lam) for lam in check_schedule(schedule)]
+        self.n_kernel_steps = int(n_kernel_steps)
         chosen = set(range(len(states)) if flow_states is None else flow_states)
         own_flows = dict(state_flows or {})
         pairs = [tuple(pair) for pair in swaps]
@@ -113,7 +139,7 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
             proposals[index] = FlowProposals(
                 own if isinstance(own, Flow) else load(own), simulation.system, atom_subset
             )
-        require_molecule(simulation.context, range(common.coordinates.n_atoms) if atom_subset is None else atom_subset)
+        require_molecule(simulation.context, common.particles)
         self._swaps = {(a, b): FlowSwap(proposals[a], proposals[b], swap_travels) for a, b in pairs}
         super().__init__(states, simulation, stepsPerIteration, reinitializeVelocities)
         self.flow_states = frozenset(chosen)
@@ -121,7 +147,8 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
         self.n_proposals = int(n_proposals)
         self.flow_statistics = [dict(_NO_STEPS) for _ in states]
         self.swap_statistics = {pair: dict(_NO_STEPS) for pair in self._swaps}
-        self._proposals = proposals
+        self.proposals = tuple(proposals)
+        self.swap_travels = bool(swap_travels)
         self._rng = np.random.default_rng(seed)
 
     def simulate(self, iterations: int) -> None:
@@ -135,8 +162,8 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
         Raises
         ------
         InputError
-            Replicas that a reporter has resumed from a run of another System or other states; a Context reinitialised
-            with other constraints or masses. Nothing has been simulated then.
+            Replicas that a reporter has resumed from a run of another molecule or other states; a Context reinitialised
+            with other particles, constraints or masses. Nothing has been simulated then.
         EnergyError
             The energy of a conformation cannot be computed.
         """
@@ -151,14 +178,18 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
                 f"The replicas are in states {self.replicaStateIndex}, there are states 0 to {states[-1]}, one each: "
                 "resume with the states of the run that wrote the files."
             )
-        for index, conformation in enumerate(self.replicaConformation):
-            found = len(conformation.getPositions(asNumpy=True))
-            if found != n:
-                raise InputError(
-                    f"Replica {index} has {found} particles, the System {n}: its checkpoint is from another run."
-                )
-        for proposals in self._proposals:
+        for proposals in self.proposals:
             proposals.require_same_system(system)
+        for index, conformation in enumerate(self.replicaConformation):
+            x = conformation.getPositions(asNumpy=True)._value
+            if len(x) != n:
+                raise InputError(
+                    f"Replica {index} has {len(x)} particles, the System {n}: its checkpoint is from another run."
+                )
+            try:
+                self.proposals[0].split(x)
+            except InputError as error:
+                raise InputError(f"Replica {index} cannot be of the flow's molecule ({error})") from error
 
     def simulateReplica(self, index: int, steps: int | None = None) -> None:
         """MD of one replica as in OpenMM's class, then its flow moves.
@@ -195,14 +226,12 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
         super().exchangeReplicas()
 
     def _move(self, index: int, state: int) -> None:
-        context = self.simulation.context
         before = self.replicaConformation[index].getPositions(asNumpy=True)._value
-        outcome = self._proposals[state].chain(
-            before, self._reduced_potential(state), self._rng, n_steps=self.n_steps, n_proposals=self.n_proposals
-        )
+        with self._restored(index):
+            outcome = self._walk(state, before)
         if outcome.positions is None:
             # The energies of all states are computed next, from what stands in the Context.
-            context.setPositions(before)
+            self.simulation.context.setPositions(before)
         else:
             self._take(index, state, outcome.positions)
         counts = self.flow_statistics[state]
@@ -210,6 +239,32 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
         counts["n_accepted"] += outcome.info.n_accepted
         if not outcome.inside:
             counts["n_outside"] += outcome.info.n_proposed
+
+    def _walk(self, state: int, positions: np.ndarray) -> Outcome:
+        """n_steps of the kind of move that the options name."""
+        proposals, u = self.proposals[state], self._reduced_potential(state)
+        if self.schedule is not None:
+            return proposals.switching_chain(
+                positions,
+                u,
+                self._rng,
+                schedule=self.schedule,
+                n_steps=self.n_steps,
+                step=0.3 if self.step is None else self.step,
+                n_kernel_steps=self.n_kernel_steps,
+            )
+        if self.step is not None:
+            return proposals.latent_chain(positions, u, self._rng, n_steps=self.n_steps, step=self.step)
+        return proposals.chain(positions, u, self._rng, n_steps=self.n_steps, n_proposals=self.n_proposals)
+
+    @contextmanager
+    def _restored(self, index: int) -> Iterator[None]:
+        """Puts the replica back into the Context if a move fails half-way."""
+        try:
+            yield
+        except BaseException:
+            self.simulation.context.setState(self.replicaConformation[index])
+            raise
 
     def _swap(self, a: int, b: int, swap: FlowSwap) -> None:
         context = self.simulation.context
@@ -225,7 +280,8 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
 
             return reduced_potential
 
-        proposal = swap.propose(x_a, x_b, in_its_box(a), in_its_box(b))
+        with self._restored(replicas[b]):
+            proposal = swap.propose(x_a, x_b, in_its_box(a), in_its_box(b))
         counts = self.swap_statistics[a, b]
         counts["n_proposed"] += 1
         counts["n_outside"] += not proposal.inside
