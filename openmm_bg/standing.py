@@ -71,11 +71,18 @@ def seed_frame(x: Tensor, seed: tuple[int, int, int]) -> Tensor:
     There seed atom 1 lies on +x of atom 0 and atom 2 at y > 0: the columns are the direction 0→1, the half-plane's
     direction normal to it, and their cross product.
     """
-    a, b, c = x.numpy()[list(seed)]
-    e = (b - a) / math.dist(a, b)
-    n = np.cross(e, c - b)
-    n /= math.hypot(*n)
-    return torch.from_numpy(np.stack((e, np.cross(n, e), n), axis=-1))
+    a, b, c = x.numpy()[list(seed)].tolist()
+    length = math.dist(a, b)
+    e = [(v - u) / length for u, v in zip(a, b, strict=True)]
+    n = _cross(e, [v - u for u, v in zip(b, c, strict=True)])
+    size = math.hypot(*n)
+    n = [v / size for v in n]
+    return torch.tensor([e, _cross(n, e), n], dtype=torch.float64).T
+
+
+def _cross(a: list[float], b: list[float]) -> list[float]:
+    """a × b; numpy takes ten times longer to look at its arguments."""
+    return [a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]]
 
 
 def place(coordinates: CoordinateMap, standing: Standing, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -321,25 +322,32 @@ class CoordinateMap(nn.Module):
             Names the first such bond.
         """
         values = torch.cat((y, s), dim=1)[0].tolist()
+        for column, a, b, usual, constrained in self._lengths:
+            value = values[column]
+            if constrained and abs(value / usual - 1.0) > 0.05:
+                raise InputError(
+                    f"Atoms {a} and {b} are {value:.4f} nm apart, the System constrains them to "
+                    f"{usual:.4f} nm: wrong units, or applyConstraints was not called."
+                )
+            if not 0.5 < value / usual < 2.0:
+                raise InputError(
+                    f"Atoms {a} and {b} are {value:.4f} nm apart, about {usual:.4f} nm is usual: "
+                    "are these positions in nm, and is the molecule whole?"
+                )
+
+    @cached_property
+    def _lengths(self) -> list[tuple[int, int, int, float, bool]]:
+        """Lengths among (y, s): column, atoms in order, usual value (nm), whether it is constrained."""
         modelled = [c for c in self.coordinates if c.modelled]
         fixed = [c for c in self.coordinates if not c.modelled]
         usual = list(self.layout.shift) + self.reference_fixed.reshape(-1).tolist()
         parent_of, constrained = self._parents(), self.constraints.as_set()
-        for c, value, length in zip(modelled + fixed, values, usual, strict=True):
-            if c.kind != "length":
-                continue
-            a, b = sorted((c.atom, parent_of[c.row]))
-            ratio = value / length
-            if (a, b) in constrained and abs(ratio - 1.0) > 0.05:
-                raise InputError(
-                    f"Atoms {a} and {b} are {value:.4f} nm apart, the System constrains them to "
-                    f"{length:.4f} nm: wrong units, or applyConstraints was not called."
-                )
-            if not 0.5 < ratio < 2.0:
-                raise InputError(
-                    f"Atoms {a} and {b} are {value:.4f} nm apart, about {length:.4f} nm is usual: "
-                    "are these positions in nm, and is the molecule whole?"
-                )
+        found = []
+        for column, (c, length) in enumerate(zip(modelled + fixed, usual, strict=True)):
+            if c.kind == "length":
+                a, b = sorted((c.atom, parent_of[c.row]))
+                found.append((column, a, b, length, (a, b) in constrained))
+        return found
 
     def _raw(self, y: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Seed [B, 3], r, θ, φ [B, K] of every row, φ without offsets."""

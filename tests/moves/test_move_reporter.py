@@ -73,7 +73,8 @@ def test_md_goes_on_from_accepted_moves(dipeptide, simulation, make_sampler):
     x, v = state.getPositions(asNumpy=True)._value, state.getVelocities(asNumpy=True)._value
     for i, j, d in pairs:
         assert np.linalg.norm(x[i] - x[j]) == pytest.approx(d._value, rel=2e-5)
-        assert abs(np.dot(x[i] - x[j], v[i] - v[j])) < 1e-3
+        # After a step of MD v is what led here: r has turned by v dt since. After an accepted move it is projected.
+        assert abs(np.dot(x[i] - x[j], v[i] - v[j])) < 1e-4 + 0.002 * np.sum((v[i] - v[j]) ** 2)
     # What other reporters got belongs together, wherever in the list they stand.
     for witness in (first, last):
         assert len(witness.seen) == 3
