@@ -49,6 +49,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
 
 
+def product(x: Tensor, matrix: Tensor) -> Tensor:
+    """x [B, n, a] times a matrix [a, b].
+
+    `torch.matmul` chooses between two kernels by whether a gradient is wanted; they round differently, and log q of a
+    sample would not be that of its coordinates.
+    """
+    return torch.mm(x.reshape(-1, x.shape[2]), matrix).reshape(x.shape[0], x.shape[1], matrix.shape[1])
+
+
 class ScaleNorm(nn.Module):
     """x g / rms(x), with one learned scale g (Nguyen and Salazar 2019)."""
 
@@ -57,7 +66,11 @@ class ScaleNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * (self.scale * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
+        return x * self.factor(x.square().mean(-1, keepdim=True))
+
+    def factor(self, mean_square: Tensor) -> Tensor:
+        """What a token of this mean square is multiplied by."""
+        return self.scale * torch.rsqrt(mean_square + 1e-6)
 
 
 class GatedAttentionUnit(nn.Module):
@@ -107,21 +120,29 @@ class GatedAttentionUnit(nn.Module):
 
     def forward(self, x_q: Tensor, x_k: Tensor) -> Tensor:
         """Tokens x_q [B, Q, d] (or [1, Q, d] for the whole batch) look at x_k [B, K, d]; [B, Q, d]."""
+        seen = self.norm(x_k)
+        return x_q + self.output(self.read(x_q, self.value(seen), self.shared(seen)))
+
+    def read(self, x_q: Tensor, value: Tensor, shared: Tensor) -> Tensor:
+        """U ⊙ A V [B, Q, d_value] for x_q [B or 1, Q, d], from X̂ W of the keys before their SiLU, for V and for Z."""
         silu = nn.functional.silu
         asking = self.norm(x_q)
-        seen = self.norm(x_k)
-        value = silu(self.value(seen))
         gate = silu(self.gate(asking))
         q = rotate(silu(self.shared(asking)) * self.gamma_q + self.beta_q, self.cos_q, self.sin_q)
-        k = rotate(silu(self.shared(seen)) * self.gamma_k + self.beta_k, self.cos_k, self.sin_k)
-        bias = self.bias[self.buckets]
+        k = rotate(silu(shared) * self.gamma_k + self.beta_k, self.cos_k, self.sin_k)
+        # What `laplace` does to all [K, Q] scores before and after its erf is done to q, bias and U instead, or in
+        # place: each further pass over them costs as much as a tenth of their matrix product.
+        slope = math.sqrt(2.0 * math.pi)
+        q = q * (slope / self.n_keys)
+        bias = slope * (self.bias - math.sqrt(0.5))
+        bias = bias.index_select(0, self.buckets.reshape(-1)).reshape(self.buckets.shape).t()
         # Transposed, [B, K, Q]: a q without batch then needs a single matrix product.
         if q.shape[0] == 1:
-            scores = torch.matmul(k, q[0].t())
+            scores = product(k, q[0].t())
         else:
             scores = torch.matmul(k, q.transpose(1, 2))
-        weights = self.dropout(laplace(scores / self.n_keys + bias.t()))
-        return x_q + self.output(gate * torch.matmul(weights.transpose(1, 2), value))
+        weights = self.dropout(torch.erf(scores.add_(bias)).add_(1.0))
+        return 0.5 * gate * torch.matmul(weights.transpose(1, 2), silu(value))
 
 
 class AttentionConditioner(nn.Module):
@@ -191,21 +212,50 @@ class AttentionConditioner(nn.Module):
         """[C, B] conditioning features (linear, then circular in rad) to [R, B], in the network's dtype."""
         x = x.to(self.position.dtype)
         batch = x.shape[1]
-        turns = x[self.n_linear :]
-        angles, folded = self.fold.to(x.dtype) * turns, (self.fold > 1).to(x.dtype)
-        values = self.embed_value(x[: self.n_linear].t().unsqueeze(-1))
-        parts = [angles.cos(), angles.sin(), folded * turns.cos(), folded * turns.sin()]
-        circles = self.embed_angle(torch.stack(parts, -1).transpose(0, 1))
-        seen = torch.cat([values, circles], 1) + self.position
+        features = self._features(x)
+        embedding = torch.cat([self.embed_value.weight, self.embed_angle.weight], 1)
         asking = self.target.unsqueeze(0)
-        for unit in self.units:
-            tokens = unit(torch.cat([seen, asking.expand(batch, -1, -1)], 1), seen)
-            seen, asking = tokens[:, : self.n_tokens], tokens[:, self.n_tokens :]
-        h = nn.functional.silu(self.mix(self.last(asking, seen)))
+        if len(self.units) > 0:
+            seen = product(features, embedding.t()) + self.position
+            for unit in self.units:
+                tokens = unit(torch.cat([seen, asking.expand(batch, -1, -1)], 1), seen)
+                seen, asking = tokens[:, : self.n_tokens], tokens[:, self.n_tokens :]
+            h = self.mix(self.last(asking, seen))
+        else:
+            # Keys have no history: X̂ W of a token is linear in its five features, but for its norm, a quadratic form
+            # of them. Nothing of the width of X is computed for every frame, nor after U ⊙ A V, whose two linear maps
+            # are one.
+            weight = torch.cat([self.last.value.weight, self.last.shared.weight])
+            bias = torch.cat([self.last.value.bias, self.last.shared.bias])
+            slopes, constants = torch.mm(weight, embedding).t(), torch.mm(self.position, weight.t())
+            scale = self.last.norm.factor(self._squares(features, embedding))
+            both = torch.addcmul(bias, product(features, slopes) + constants, scale)
+            n_value = self.last.value.weight.shape[0]
+            read = self.last.read(asking, both[:, :, :n_value], both[:, :, n_value:])
+            outward = torch.mm(self.mix.weight, self.last.output.weight)
+            h = product(read, outward.t()) + self.mix(asking + self.last.output.bias)
+        h = nn.functional.silu(h)
         rows: list[Tensor] = []
         start = 0
         for i, head in enumerate(self.heads):
             size = self.group_sizes[i]
-            rows.append(head(h[:, start : start + size]).permute(2, 1, 0).reshape(-1, batch))
+            params = head(h[:, start : start + size])
+            rows.append(params.permute(2, 1, 0).reshape(params.shape[2] * size, batch))
             start += size
         return torch.cat(rows)
+
+    def _features(self, x: Tensor) -> Tensor:
+        """[B, K, 5] of [K, B]: of each token its value, or cos and sin of n v, and of v where n > 1."""
+        line, turns = x[: self.n_linear], x[self.n_linear :]
+        angles, folded = self.fold.to(x.dtype) * turns, (self.fold > 1).to(x.dtype)
+        none = torch.zeros_like(line)
+        of_lines = torch.stack([line, none, none, none, none], -1)
+        parts = [torch.zeros_like(turns), angles.cos(), angles.sin(), folded * turns.cos(), folded * turns.sin()]
+        return torch.cat([of_lines, torch.stack(parts, -1)]).transpose(0, 1).contiguous()
+
+    def _squares(self, features: Tensor, embedding: Tensor) -> Tensor:
+        """Mean square [B, K, 1] of the tokens E f + p, for features f [B, K, 5] and E [d, 5]."""
+        width = embedding.shape[0]
+        mixed = product(features, torch.mm(embedding.t(), embedding)) + 2.0 * torch.mm(self.position, embedding)
+        squares = (features * mixed).sum(-1, keepdim=True) + self.position.square().sum(-1, keepdim=True)
+        return squares.clamp(min=0.0) / width  # rounding can take a token that vanishes below zero

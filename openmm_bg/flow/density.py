@@ -10,6 +10,10 @@ from openmm_bg.flow.base import BaseDensity
 from openmm_bg.flow.layout import FeatureLayout
 from openmm_bg.flow.splines import wrap
 
+CPU_VALUES = 32_768
+"""Coordinates that pass the flow at a time on a CPU where no gradient is wanted. What the layers make of more outgrows
+what the allocator keeps, and mapping that memory anew for every layer costs as much as the arithmetic."""
+
 
 class FlowDensity(nn.Module):
     """Standardisation, cuts and folds around an inner flow, with its base density.
@@ -47,6 +51,7 @@ class FlowDensity(nn.Module):
         linear = [i for i in range(layout.n) if not layout.circular[i]]
         circular = [i for i in range(layout.n) if layout.circular[i]]
         self.n_features = layout.n
+        self.at_once = max(1, CPU_VALUES // layout.n)  # TorchScript sees no globals
         self.inner = inner
         self.base = BaseDensity(layout)
 
@@ -81,6 +86,24 @@ class FlowDensity(nn.Module):
         log_det : Tensor [B]
             log |det dy/dz|.
         """
+        step = self._step(z)
+        if step >= z.shape[0]:
+            return self._forward(z)
+        parts = [self._forward(part) for part in z.split(step)]
+        return torch.cat([y for y, _ in parts]), torch.cat([log_det for _, log_det in parts])
+
+    def _step(self, x: Tensor) -> int:
+        """Rows of equal parts of a batch [B, D] to work on one by one."""
+        n = max(1, x.shape[0])
+        if torch.is_grad_enabled() or x.device.type != "cpu":
+            return n
+        at_once = self.at_once
+        if not torch.jit.is_scripting():
+            at_once = at_once * torch.get_num_threads()
+        n_parts = (n + at_once - 1) // at_once
+        return (n + n_parts - 1) // n_parts
+
+    def _forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         x = z.t()
         v = wrap(x.index_select(0, self.circular))
         out, log_det = self.inner.forward(torch.cat([x.index_select(0, self.linear), v]))
@@ -93,6 +116,13 @@ class FlowDensity(nn.Module):
     @torch.jit.export
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Data → base: y [B, D] to z [B, D] and log |det dz/dy| [B]. Angles may be given modulo 2π."""
+        step = self._step(y)
+        if step >= y.shape[0]:
+            return self._inverse(y)
+        parts = [self._inverse(part) for part in y.split(step)]
+        return torch.cat([z for z, _ in parts]), torch.cat([log_det for _, log_det in parts])
+
+    def _inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         x = y.t()
         v = wrap(x.index_select(0, self.circular) - self.centre.to(y.dtype))
         standardised = (x.index_select(0, self.linear) - self.shift.to(y.dtype)) / self.scale.to(y.dtype)

@@ -1,4 +1,5 @@
-"""Time and memory of one training step with and without what may save them, as rows of docs/benchmarks.md.
+"""Time and memory of one training step with and without what may save them, and of the flow itself, as rows of
+docs/benchmarks.md.
 
     python tests/benchmarks/training.py
     python tests/benchmarks/training.py --presets paper --layouts protein-g --batch 64 --device cuda
@@ -9,9 +10,13 @@ further sample adds to the peak of a step. On a CPU with one thread times are CP
 processes disturb least; otherwise wall times. Memory is the peak of a process of its own on a CPU, that of the
 allocator on a GPU.
 
+`maps`: seconds of forward (base to data, as samples go) and inverse (as likelihoods go) in float64 without gradients,
+of the eager flow and of its script, in turns.
+
 Options: `checkpointing` (`gradient_checkpointing`), `bfloat16` (`network_precision`, as a CPU or a GPU has it),
-`autocast` (what a GPU would do, on this device) and, with --compile, `torch.compile` of a coupling layer. Its
-first call includes the compilers, which are other processes: wall time.
+`autocast` (what a GPU would do, on this device) and, with --compile, `torch.compile` of the whole likelihood. Its first
+call is given in wall time and in CPU time with that of the C++ compiler, a process of its own; set
+TORCHINDUCTOR_CACHE_DIR to an empty folder, and TORCHINDUCTOR_COMPILE_THREADS=1 for a CPU time that misses nothing.
 """
 
 from __future__ import annotations
@@ -30,12 +35,12 @@ from typing import Any
 import torch
 
 from openmm_bg.flow import FeatureLayout, FlowConfig, build_flow
-from openmm_bg.flow.coupling import CouplingLayer, economical
+from openmm_bg.flow.coupling import economical
 from openmm_bg.training.threads import product_precision
 
-#: Backbone angles, backbone dihedrals and side-chain dihedrals, as the representation in brackets has them.
+#: Linear coordinates, circular ones of the backbone and of the side chains, as the representation named has them.
 LAYOUTS = {
-    "dipeptide": (0, 7, 53),  # full, where linear coordinates belong to the second channel; rounded
+    "dipeptide": (39, 7, 14),  # full: lengths and angles are linear
     "hp35": (103, 102, 104),  # reduced
     "protein-g": (166, 165, 141),  # reduced
 }
@@ -135,31 +140,57 @@ def timed(call: Callable[[], object], device: str) -> float:
     return clock() - begin
 
 
-def compiled_layer(flow: torch.nn.Module, options: argparse.Namespace, batch: int) -> dict[str, float]:
-    """torch.compile of a coupling layer, the last joint one: seconds of the first call, later time over the plain one.
+def compiled(flow: Any, options: argparse.Namespace, y: torch.Tensor) -> dict[str, float]:
+    """torch.compile of log q: seconds of the first gradient, and how many times faster later ones are."""
 
-    Every layer has other sizes and masks, so that the first call is paid for each of them.
-    """
-    layer = [module for module in flow.modules() if isinstance(module, CouplingLayer)][-1]
-    n = layer.order.shape[0]
-    y = torch.rand(n, batch, device=options.device)
-
-    def gradient(inverse: Callable[..., Any]) -> None:
+    def gradient(log_prob: Callable[..., Any]) -> None:
+        flow.zero_grad(set_to_none=True)
         torch.manual_seed(0)
-        z, log_det = inverse(y)
-        (z.sum() + log_det.sum()).backward()
+        (-log_prob(y).mean()).backward()
 
-    compiled = torch.compile(layer.inverse, dynamic=False)
-    begin = time.perf_counter()
-    gradient(compiled)
-    first = time.perf_counter() - begin
-    gradient(compiled)
+    fast = torch.compile(flow.log_prob, dynamic=False)
+    begin, cpu = time.perf_counter(), _cpu_seconds()
+    gradient(fast)
+    figures = {"first call, s": time.perf_counter() - begin, "first call, s of CPU": _cpu_seconds() - cpu}
+    gradient(fast)
+    gradient(flow.log_prob)
     pairs = [
-        (timed(lambda: gradient(layer.inverse), options.device), timed(lambda: gradient(compiled), options.device))
-        for _ in range(4 * options.repeats)
+        (timed(lambda: gradient(flow.log_prob), options.device), timed(lambda: gradient(fast), options.device))
+        for _ in range(3 * options.repeats)
     ]
-    plain, fast = (min(found) for found in zip(*pairs, strict=True))
-    return {"first call of a layer, s": round(first, 1), "ratio of a layer": round(fast / plain, 3)}
+    plain, quick = (min(found) for found in zip(*pairs, strict=True))
+    return {name: round(value, 1) for name, value in figures.items()} | {"times faster": round(plain / quick, 2)}
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(found.ru_utime + found.ru_stime for found in used)
+
+
+def maps(flow: Any, options: argparse.Namespace, batch: int) -> dict[str, float]:
+    """Least seconds of forward and inverse, eager and scripted."""
+    training = flow.training
+    flow.eval()
+    scripted = torch.jit.script(flow)
+    with torch.no_grad():
+        z = flow.sample_base(batch)
+        y, _ = flow(z)
+        calls: dict[str, Callable[[], object]] = {
+            "forward": lambda: flow(z),
+            "inverse": lambda: flow.inverse(y),
+            "forward, scripted": lambda: scripted(z),
+            "inverse, scripted": lambda: scripted.inverse(y),
+        }
+        for call in calls.values():
+            for _ in range(2):  # TorchScript optimises at its second call
+                call()
+        least = dict.fromkeys(calls, float("inf"))
+        for _ in range(max(2, options.repeats)):
+            for name, call in calls.items():
+                least[name] = min(least[name], timed(call, options.device))
+    flow.train(training)
+    return {name: round(value, 5) for name, value in least.items()}
 
 
 def measure(options: argparse.Namespace, preset: str, name: str) -> dict[str, Any]:
@@ -181,27 +212,29 @@ def measure(options: argparse.Namespace, preset: str, name: str) -> dict[str, An
         "ratios": {option: round(least[option] / least["plain"], 3) for option in OPTIONS},
         "losses": losses,
         "MiB per sample": {option: round(found, 2) for option, found in memory.items()},
+        "maps": maps(flow, options, options.batch[preset]),
     }
     if options.compile:
-        row["compile"] = compiled_layer(flow, options, options.batch[preset])
+        y, _ = flow.eval().sample(options.batch[preset])
+        row["compile"] = compiled(flow.train(), options, y.float())
     return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", nargs="+", default=["cpu", "paper"], choices=["cpu", "paper"])
+    parser.add_argument("--presets", nargs="+", default=["cpu", "paper"], choices=["cpu", "protein", "paper"])
     parser.add_argument("--layouts", nargs="+", default=["dipeptide", "hp35", "protein-g"], choices=sorted(LAYOUTS))
-    parser.add_argument("--batch", type=int, help="samples of a step; default 256 for cpu, 16 for paper")
+    parser.add_argument("--batch", type=int, help="samples of a step; default 256, 16 for paper")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile too")
     options = parser.parse_args()
-    options.batch = {"cpu": options.batch or 256, "paper": options.batch or 16}
+    options.batch = {preset: options.batch or (16 if preset == "paper" else 256) for preset in options.presets}
     print(json.dumps({"machine": platform.processor() or platform.machine(), "torch": torch.__version__,
                       "threads": torch.get_num_threads(), "date": datetime.date.today().isoformat()}))  # fmt: skip
     for preset in options.presets:
         for name in options.layouts:
-            if (preset == "paper") != (name == "dipeptide"):  # each where it is meant to be used
+            if (preset == "cpu") == (name == "dipeptide"):  # each where it is meant to be used
                 print(json.dumps(measure(options, preset, name)), flush=True)
 
 

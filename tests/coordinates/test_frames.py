@@ -6,8 +6,9 @@ import random
 import pytest
 import torch
 
-from openmm_bg.coordinates import InternalCoordinates, build_zmatrix, frames
+from openmm_bg.coordinates import InternalCoordinates, build_zmatrix, dense, frames
 from openmm_bg.coordinates.prefix import LONG, build_schedule
+from openmm_bg.coordinates.rotations import bond_axis, plane_axis
 
 
 def atom_by_atom(zmatrix, seed, r, theta, phi):
@@ -53,8 +54,17 @@ def random_coordinates(n_rows: int, batch: int, dtype=torch.float64):
 NAMES = ["water", "methanol", "isobutane", "toluene", "dipeptide", "proline", "hp35"]
 
 
+@pytest.fixture(params=["as it comes", "in rounds"])
+def way(request, monkeypatch):
+    """Small molecules have a way of their own, which large ones and large batches never take."""
+    if request.param == "in rounds":
+        monkeypatch.setattr("openmm_bg.coordinates.frames.DENSE_BATCH", -1)
+        monkeypatch.setattr("openmm_bg.coordinates.dense.place", None)
+    return request.param
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_against_atom_by_atom(molecule, name):
+def test_against_atom_by_atom(molecule, name, way):
     """Positions and gradients with respect to every coordinate, seed included."""
     zmatrix = build_zmatrix(molecule(name).topology)
     internal = InternalCoordinates(zmatrix)
@@ -77,13 +87,13 @@ def test_against_atom_by_atom(molecule, name):
 
 
 @pytest.mark.parametrize("name", ["water", "isobutane", "dipeptide"])
-def test_gradcheck(molecule, name):
+def test_gradcheck(molecule, name, way):
     zmatrix = build_zmatrix(molecule(name).topology)
     internal = InternalCoordinates(zmatrix)
     assert torch.autograd.gradcheck(internal.to_positions, random_coordinates(len(zmatrix.rows), 2))
 
 
-def test_gradient_of_some_inputs_only(molecule):
+def test_gradient_of_some_inputs_only(molecule, way):
     """As in `reduced`, where lengths come from a buffer."""
     zmatrix = build_zmatrix(molecule("dipeptide").topology)
     seed, r, theta, phi = random_coordinates(len(zmatrix.rows), 2)
@@ -116,7 +126,75 @@ def test_straight_angles_and_empty_batches(molecule):
     assert torch.isfinite(x).all() and all(torch.isfinite(g).all() for g in gradients)
     nothing = internal.to_positions(*(t[:0] for t in (seed, r, theta, phi)))
     assert nothing.shape == (0, zmatrix.n_atoms, 3)
+    small = InternalCoordinates(build_zmatrix(molecule("dipeptide").topology))
+    assert small.to_positions(*(t[:0] for t in random_coordinates(19, 1))).shape == (0, 22, 3)
     assert [t.shape[0] for t in internal.to_internal(nothing.detach())] == [0] * 4
+
+
+def test_a_small_molecule_goes_its_own_way_up_to_a_size_of_the_batch(molecule, monkeypatch):
+    """Just below and just above the limit: the same positions and gradients, by different functions."""
+    internal = InternalCoordinates(build_zmatrix(molecule("dipeptide").topology))
+    monkeypatch.setattr(frames, "DENSE_BATCH", 22 * 5)
+    calls = []
+    for module, name in ((dense, "place"), (frames, "_place"), (dense, "turn"), (frames, "_turn")):
+        original = getattr(module, name)
+        label = f"{module.__name__.rpartition('.')[2]}.{name}"
+        monkeypatch.setattr(
+            module, name, lambda *args, label=label, original=original: (calls.append(label), original(*args))[1]
+        )
+    q = tuple(t.detach() for t in random_coordinates(19, 6))
+    results = []
+    for batch in (5, 6):
+        leaves = tuple(t[:batch].clone().requires_grad_() for t in q)
+        x = internal.to_positions(*leaves)
+        results.append((x[:5], *(g[:5] for g in torch.autograd.grad(x.cos().sum(), leaves))))
+    assert calls == ["dense.place", "dense.turn", "frames._place", "frames._turn"]
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, rtol=0.0, atol=1e-12)
+
+
+def signs_of(n):
+    return torch.tensor(dense.SIGNS, dtype=torch.float64).repeat(n).reshape(-1, 4)
+
+
+def test_left_product_is_that_of_quaternions():
+    """Signs and components against the 3x3 rotations of both factors; its axes against their first and last columns."""
+    torch.manual_seed(1)
+    left, right = torch.nn.functional.normalize(torch.randn(2, 40, 4, dtype=torch.float64), dim=-1)
+    parts = (right[:, dense.COMPONENTS] * torch.tensor(dense.SIGNS)).reshape(-1, 4, 4)
+    product = (left[:, :, None] * parts).sum(1)
+    assert torch.equal(parts.flatten(0, 1), right.flatten()[dense.factors(40)].reshape(-1, 4) * signs_of(40))
+
+    def rotation(q):
+        w, x, z, y = q.unbind(-1)
+        y = -y  # w + x i + p k + q i k, and i k = -j
+        rows = (
+            (1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)),
+            (2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)),
+            (2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)),
+        )
+        return torch.stack([torch.stack(row, -1) for row in rows], -2)
+
+    assert torch.allclose(rotation(product), rotation(left) @ rotation(right), atol=1e-14)
+    turned = rotation(left)
+    for axis, column in ((bond_axis, 0), (plane_axis, 2)):
+        assert torch.allclose(axis(left[..., None])[..., 0], turned[..., column], atol=1e-14)
+
+
+def test_settings_of_products_leave_positions_alone(molecule):
+    """Training may allow products in bfloat16: positions and their gradients are sums, and keep their bits."""
+    internal = InternalCoordinates(build_zmatrix(molecule("dipeptide").topology))
+    q = tuple(t.detach().float().requires_grad_() for t in random_coordinates(19, 64))
+    results = []
+    before = torch.get_float32_matmul_precision()
+    for setting in ("highest", "medium"):
+        try:
+            torch.set_float32_matmul_precision(setting)
+            x = internal.to_positions(*q)
+            results.append((x, *torch.autograd.grad(x.cos().sum(), q)))
+        finally:
+            torch.set_float32_matmul_precision(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_pieces_of_a_large_batch(molecule, monkeypatch):
@@ -152,6 +230,7 @@ def test_a_large_batch_is_placed_in_pieces(molecule, monkeypatch, batch):
         x = internal.to_positions(*q)
         return x.detach(), *torch.autograd.grad(x, q, towards)
 
+    monkeypatch.setattr("openmm_bg.coordinates.frames.DENSE_BATCH", -1)
     at_once = placed()
     monkeypatch.setattr("openmm_bg.coordinates.frames.CPU_ATOMS", 4 * 22)
     sizes, original = [], frames._place

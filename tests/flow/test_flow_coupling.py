@@ -7,6 +7,7 @@ import torch
 
 from openmm_bg.flow import FlowConfig
 from openmm_bg.flow.attention import (
+    AttentionConditioner,
     GatedAttentionUnit,
     laplace,
     laplace_inverse,
@@ -176,6 +177,59 @@ def test_gated_attention_unit_is_the_masked_formula(perturb):
     assert (got - expected).abs().max() < 1e-6  # rotary constants are float32
     one = unit(x[:1], x[:1, ~masked])
     assert (one - expected[:1]).abs().max() < 1e-6
+
+
+def conditioner_written_out(c, x):
+    """Tokens of the full width, the unit over them, and the heads: as the paper has it."""
+    line, turns = x[: c.n_linear], x[c.n_linear :]
+    angles, folded = c.fold * turns, (c.fold > 1).to(x.dtype)
+    circles = torch.stack([angles.cos(), angles.sin(), folded * turns.cos(), folded * turns.sin()], -1)
+    circles = circles.transpose(0, 1) @ c.embed_angle.weight.t()
+    seen = torch.cat([line.t()[..., None] @ c.embed_value.weight.t(), circles], 1)
+    h = torch.nn.functional.silu(c.mix(c.last(c.target.expand(x.shape[1], -1, -1), seen + c.position)))
+    starts = [sum(c.group_sizes[:i]) for i in range(len(c.heads))]
+    rows = [head(h[:, start : start + n]) for head, start, n in zip(c.heads, starts, c.group_sizes, strict=True)]
+    return torch.cat([row.permute(2, 1, 0).reshape(-1, x.shape[1]) for row in rows])
+
+
+@pytest.mark.parametrize("n_linear, folds", [(2, [1, 3, 2]), (0, [1, 1]), (3, []), (0, [])])
+def test_keys_without_history_need_no_tokens(n_linear, folds, perturb):
+    """One unit is computed from the features of the tokens, never of their width: the same function and gradients."""
+    torch.manual_seed(2)
+    n = n_linear + len(folds)
+    c = perturb(
+        AttentionConditioner([0, 3, 5, 9, 40][:n], n_linear, folds, [1, 2, 50], [2, 1], [2, 4], 10, 8, 6, 0.1, 1)
+    ).double()
+    x = torch.randn(n, 7, dtype=torch.float64, requires_grad=True)
+    got, expected = c(x), conditioner_written_out(c, x)
+    assert got.shape == (8, 7)
+    assert (got - expected).abs().max() < 1e-13
+    variables = [x, *c.parameters()]
+    towards = torch.randn_like(got)
+    found, wanted = (torch.autograd.grad(out, variables, towards, materialize_grads=True) for out in (got, expected))
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_log_q_does_not_depend_on_whether_a_gradient_is_wanted(perturb):
+    """To the bit: torch's products of arrays of three dimensions choose their kernel by it."""
+    c = perturb(AttentionConditioner([0, 3, 5, 9, 40], 2, [1, 3, 2], [1, 2, 50], [2, 1], [2, 4], 16, 8, 8, 0.1, 1))
+    x = torch.randn(5, 30)
+    with torch.no_grad():
+        without = c(x)
+    assert torch.equal(c(x), without)
+
+
+def test_a_token_that_vanishes_is_finite(perturb):
+    """Its norm comes from a quadratic form, which rounding may take below zero."""
+    c = perturb(AttentionConditioner([0, 3, 5], 3, [], [1, 2], [2], [2], 128, 8, 6, 0.1, 1))
+    with torch.no_grad():
+        c.position.copy_(-1.7 * c.embed_value.weight.t().expand(3, -1))
+    x = 1.7 * torch.ones(3, 1) * (1.0 + 1e-7 * torch.arange(-20, 20))
+    x.requires_grad_()
+    rows = c(x)
+    rows.sum().backward()
+    assert torch.isfinite(rows).all() and torch.isfinite(x.grad).all()
 
 
 def test_laplace():

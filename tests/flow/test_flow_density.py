@@ -286,6 +286,34 @@ def test_empty_channels_and_single_kinds(kinds, changes, make_layout, perturb):
         assert p.grad is None or torch.isfinite(p.grad).all()
 
 
+@pytest.mark.parametrize("batch", [0, 1, 10, 11, 25])
+@pytest.mark.parametrize("changes", [{}, ATTENTION])
+def test_large_batches_pass_in_equal_pieces(batch, changes, make_layout, perturb, monkeypatch):
+    """Without gradients alone, eagerly and scripted; each row goes where it came from."""
+    flow = perturb(build_flow(make_layout("LcClCl", 3, 2.0), small(**changes)), 0.2).double()
+    flow.at_once = 5
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    scripted = torch.jit.script(flow)
+    z = flow.sample_base(batch)
+    sizes = []
+    for name in ("_forward", "_inverse"):
+        original = getattr(flow, name)
+        monkeypatch.setattr(flow, name, lambda x, original=original: (sizes.append(len(x)), original(x))[1])
+    whole = flow(z)
+    whole += flow.inverse(whole[0])
+    assert sizes == [batch, batch]
+    sizes.clear()
+    with torch.no_grad():
+        pieces = flow(z)
+        pieces += flow.inverse(pieces[0])
+        lone = scripted(z)
+        lone += scripted.inverse(lone[0])
+    assert sizes == 2 * {0: [0], 1: [1], 10: [10], 11: [6, 5], 25: [9, 9, 7]}[batch]
+    for a, b, c in zip(whole, pieces, lone, strict=True):
+        assert a.shape == b.shape == c.shape
+        assert torch.allclose(a, b, rtol=0.0, atol=1e-11) and torch.allclose(a, c, rtol=0.0, atol=1e-11)
+
+
 @pytest.mark.parametrize("name", ["paper", "cpu", "protein", "nsf"])
 def test_presets_build_and_run(name, make_layout):
     config = FlowConfig.preset(name)
