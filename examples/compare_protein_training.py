@@ -265,7 +265,7 @@ def train(name: str, data: Data, output: Path, size: Size, seed: int, progress: 
         folder = shared if part is BEGINNING else output / name / part.name
         settings = part.config(config, size.seconds, seed, len(data.dataset))
         logger.info("%s: stage %s, %.0f s", NAMES[name], part.name, part.share * size.seconds)
-        with ContextPool(context_of(data)) as pool:
+        with ContextPool(context_of(data), tune="full") as pool:
             trainer = Trainer(
                 density,
                 data.dataset,

@@ -170,8 +170,15 @@ def simulate(
 )
 @click.option("--preset", type=click.Choice(["cpu", "protein", "paper"]), default="cpu", show_default=True)
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file instead of a preset.")
-@click.option("--platform", help="OpenMM platform for energies; default: the fastest, by timing.")
+@click.option("--platform", help="OpenMM platform for energies, or twin; default: the fastest, by timing.")
 @click.option("--workers", type=int, help="Contexts that evaluate energies; default: by timing.")
+@click.option(
+    "--tune",
+    type=click.Choice(["quick", "full"]),
+    default="quick",
+    show_default=True,
+    help="full: time the torch twin of the System too, and remember the choice.",
+)
 @click.option("--device", help="Where the flow is trained: cpu (default) or cuda.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run in the same folder.")
 @_friendly
@@ -188,6 +195,7 @@ def train(
     config_file: Path | None,
     platform: str | None,
     workers: int | None,
+    tune: Any,
     device: str | None,
     resume: bool,
 ) -> None:
@@ -212,7 +220,7 @@ def train(
             logging.getLogger("openmm_bg").setLevel(logging.ERROR)  # the main process says it
         record, n_modelled = _train(
             folder, system_file, topology_file, trajectory_files, temperature, output, log_weights, representation,
-            config_file if config_file is not None else preset, platform, workers, device, resume,
+            config_file if config_file is not None else preset, platform, workers, tune, device, resume,
         )  # fmt: skip
     if ranks.is_main:
         click.echo(
@@ -233,6 +241,7 @@ def _train(
     config: Any,
     platform: str | None,
     workers: int | None,
+    tune: Any,
     device: str | None,
     resume: bool,
 ) -> tuple[dict[str, Any], int]:
@@ -272,6 +281,7 @@ def _train(
         resume=resume,
         platform=platform,
         n_workers=workers,
+        tune=tune,
         device=device,
     )
     return flow.metadata["training"], flow.coordinates.n_modelled
@@ -291,8 +301,15 @@ def _train(
 @click.option("--system", "system_file", type=click.Path(path_type=Path), help="Another System (XML) than the flow's.")
 @click.option("--temperature", type=float, help="Kelvin; default: the flow's.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--platform", help="OpenMM platform for energies; default: the fastest, by timing.")
+@click.option("--platform", help="OpenMM platform for energies, or twin; default: the fastest, by timing.")
 @click.option("--workers", type=int, help="Contexts that evaluate energies; default: by timing.")
+@click.option(
+    "--tune",
+    type=click.Choice(["quick", "full"]),
+    default="quick",
+    show_default=True,
+    help="full: time the torch twin of the System too, and remember the choice.",
+)
 @_friendly
 def sample(
     flow_file: Path,
@@ -303,6 +320,7 @@ def sample(
     seed: int,
     platform: str | None,
     workers: int | None,
+    tune: Any,
 ) -> None:
     """Draw samples with exact weights: a trajectory, and .npz with log_weights, reduced_potentials and log_q.
 
@@ -314,7 +332,7 @@ def sample(
     """
     from openmm_bg.commands import sample_to_files
 
-    click.echo(sample_to_files(flow_file, n_samples, output, system_file, temperature, seed, platform, workers))
+    click.echo(sample_to_files(flow_file, n_samples, output, system_file, temperature, seed, platform, workers, tune))
 
 
 def _evaluating(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,13 +27,15 @@ def sample_to_files(
     seed: int = 0,
     platform: str | None = None,
     n_workers: int | None = None,
+    tune: Literal["quick", "full"] = "quick",
 ) -> str:
     """Sample a flow into a trajectory and an ``.npz`` beside it; both complete or not at all.
 
     Parameters
     ----------
-    flow_file, n, output, seed, platform, n_workers
-        Artifact, number of samples, trajectory file in a format MDTraj writes, random seed, energy platform.
+    flow_file, n, output, seed, platform, n_workers, tune
+        Artifact, number of samples, trajectory file in a format MDTraj writes, random seed, energy platform (as
+        `BoltzmannGeneratorSampler`).
     system_file
         XML of another System for the same molecule.
     temperature
@@ -69,7 +71,9 @@ def sample_to_files(
         )
     context.setPositions(flow.to_positions((centre / fold)[None])[0].numpy())
     kelvin = flow.temperature if temperature is None else temperature
-    with BoltzmannGeneratorSampler(flow, context, kelvin, seed=seed, platform=platform, n_workers=n_workers) as sampler:
+    with BoltzmannGeneratorSampler(
+        flow, context, kelvin, seed=seed, platform=platform, n_workers=n_workers, tune=tune
+    ) as sampler:
         ensemble = sampler.sample(n)
     trajectory = ensemble.to_mdtraj()
     keep = np.isfinite(ensemble.log_weights)

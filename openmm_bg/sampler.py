@@ -56,7 +56,10 @@ class BoltzmannGeneratorSampler:
     seed
         Of proposals, choices and redrawn velocities.
     platform, n_workers
-        Platform and number of the Contexts that evaluate energies; None chooses by timing.
+        Platform and number of the Contexts that evaluate energies; None chooses by timing. "twin": a torch twin of the
+        System evaluates them.
+    tune
+        "full" tries the twin too, takes longer, and is remembered (see `openmm_bg.energy.tune`).
 
     Attributes
     ----------
@@ -85,6 +88,7 @@ class BoltzmannGeneratorSampler:
         seed: int | None = None,
         platform: str | None = None,
         n_workers: int | None = None,
+        tune: Literal["quick", "full"] = "quick",
     ) -> None:
         require_count("n_proposals", n_proposals)
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0):
@@ -111,7 +115,7 @@ class BoltzmannGeneratorSampler:
                 self.temperature,
                 self.flow.temperature,
             )
-        self.pool = ContextPool(context, platform=platform, n_workers=n_workers)
+        self.pool = ContextPool(context, platform=platform, n_workers=n_workers, tune=tune)
         self.target = Target(self.coordinates, self.pool, self.temperature)
         self._info: metropolis.Info | None = None
 

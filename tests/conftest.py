@@ -17,6 +17,14 @@ PSI = (6, 8, 14, 16)
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Neither choices nor libraries that this user keeps decide what a test runs, and no test leaves any."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def weighted_reference(dipeptide):
     """(temperature, "energy" | "psi") to (mean, error): energy (kJ/mol) and ψ population of the shipped dipeptide.

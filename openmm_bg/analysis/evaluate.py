@@ -333,11 +333,10 @@ def _novelty_part(
     theirs = _evenly(data, NOVEL_FRAMES)
     with _bar("nearest frames", len(ours) + len(theirs), progress) as advance:
         near, near_data = (nearest_rmsd(x, known, atoms, advance) for x in (ours, theirs))
-    context = openmm.Context(
-        sampler.context.getSystem(),
-        openmm.VerletIntegrator(0.001),
-        openmm.Platform.getPlatformByName(sampler.pool.platform),
-    )
+    # Minimisation needs a Context; where a twin evaluates energies, OpenMM's own choice has to do.
+    twin = sampler.pool.platform == "twin"
+    named = [] if twin else [openmm.Platform.getPlatformByName(sampler.pool.platform)]
+    context = openmm.Context(sampler.context.getSystem(), openmm.VerletIntegrator(0.001), *named)
     far, far_data = np.argsort(-near)[:MINIMISED], np.argsort(-near_data)[:MINIMISED]
     with _bar("minimisation", len(far) + len(far_data), progress) as advance:
         minimised = minimise(context, ours[far], atoms, advance=advance)

@@ -1,9 +1,9 @@
 """Reduced energies and forces of batches of positions, evaluated by OpenMM.
 
-`ContextPool` evaluates many frames at once in copies of the user's Context; `reduced_energy` makes that a
-differentiable torch function; `Target` combines it with a coordinate map into the log-density that a flow is
-weighed against; `regularise_energy` tames energies for training, and for training only. `SystemTwin` evaluates a System
-without OpenMM, by its formulas in torch.
+`ContextPool` evaluates many frames at once in copies of the user's Context, or in its System's twin; `reduced_energy`
+makes that a differentiable torch function; `Target` combines it with a coordinate map into the log-density that a flow
+is weighed against; `regularise_energy` tames energies for training, and for training only. `SystemTwin` evaluates a
+System without OpenMM, by its formulas in torch.
 """
 
 from .pool import ContextPool

@@ -1,4 +1,4 @@
-"""Energies and forces of batches of frames, in copies of the user's Context."""
+"""Energies and forces of batches of frames, in copies of the user's Context or in the torch twin of its System."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only then)
 
-from ..errors import EnergyError
+from ..errors import EnergyError, InputError
 from .arrays import as_frames, sound_rows
 from .snapshot import (
     ContextState,
@@ -23,7 +23,8 @@ from .snapshot import (
     platform_properties,
     read_state,
 )
-from .tuning import Tuning, check_choice, tune
+from .tuning import Effort, Tuning, check_choice, find_fastest
+from .twin_workers import TWIN, TwinWorkers, default_threads
 from .workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -34,28 +35,32 @@ class ContextPool:
 
     The clones have the Context's System, box, global parameters and, on its platform, its platform
     properties. The Context itself is only read: its positions, parameters and step count stay as they are.
-    All energies of one pool count as one energy function (docs/theory.md): compare old and new states with
-    the same pool.
+    Where that is faster, a torch twin of the System takes the place of the clones, of all of them. All energies
+    of one pool count as one energy function (docs/theory.md): compare old and new states with the same pool.
 
     Parameters
     ----------
     context
         The user's Context, with positions set and a finite energy.
     platform
-        Platform of the clones. None: timed (see `tune`), and possibly another than the Context's own.
+        Platform of the clones, or "twin". None: timed (see `tune`), and possibly another than the Context's own. Where
+        no twin can be made of the System, or it differs from the Context, clones are used, and one sentence says so.
     n_workers
-        Number of clones. None: timed.
+        Number of clones, or threads of the twin. None: timed; for ``platform="twin"``, all usable cores.
     positions
         [F, N, 3] nm, frames to time on; default the Context's own.
+    tune
+        "full" times the twin too, takes longer, and keeps what it finds for later pools of the same System on the same
+        machine (see `tune`); "quick" takes that up, or times clones in a second or two.
 
     Attributes
     ----------
     n_atoms, platform, n_workers
-        What was chosen.
+        What was chosen; of the twin, "twin" and its number of threads.
     tuning
-        Report of the timing, or None if both choices were given.
+        Report of the timing, or None if there was none.
     n_energies
-        Frames that OpenMM evaluated.
+        Frames that were evaluated.
     n_nonfinite
         Frames whose energy came out as +inf: positions not finite, energy not finite, or OpenMM raised.
 
@@ -79,8 +84,9 @@ class ContextPool:
         platform: str | None = None,
         n_workers: int | None = None,
         positions: ArrayLike | torch.Tensor | None = None,
+        tune: Effort = "quick",
     ) -> None:
-        check_choice(platform, n_workers)
+        check_choice(platform, n_workers, tune)
         self.context = context
         self.n_atoms: int = context.getSystem().getNumParticles()
         self.tuning: Tuning | None = None
@@ -88,36 +94,52 @@ class ContextPool:
         self.n_nonfinite = 0
         self._warned_failure = False
         self._warned_unpushed = False
-        state = read_state(context)
-        own = context.getPlatform().getName()
-        name, count = platform, n_workers
-        if name is None or count is None:
-            self.tuning = tune(context, platform=platform, n_workers=n_workers, positions=positions)
-            name, count = self.tuning.chosen.platform, self.tuning.chosen.n_workers
         self._digest = digest_system(context)
-        self._workers = self._make_workers(name, count)
+        self._workers: Workers | TwinWorkers
+        state = read_state(context)
+        name, count, twin = platform, n_workers, None
+        if platform == TWIN:
+            count = n_workers or default_threads()
+        elif name is None or count is None:
+            self.tuning, twin = find_fastest(
+                context, platform=platform, n_workers=n_workers, positions=positions, effort=tune
+            )
+            name, count = self.tuning.chosen.platform, self.tuning.chosen.n_workers
+        assert name is not None and count is not None
+        if name == TWIN:
+            try:
+                self._start(name, count, state, twin)
+                return
+            except EnergyError as error:
+                logger.warning("Contexts evaluate energies instead of a torch twin: %s", error)
+            self.tuning, _ = find_fastest(context, n_workers=n_workers, positions=positions, kept=False)
+            platform, name, count = None, self.tuning.chosen.platform, self.tuning.chosen.n_workers
+        own = context.getPlatform().getName()
         try:
-            self._synchronise(state)
+            self._start(name, count, state)
         except EnergyError as error:
-            self.close()
             if platform is not None or name == own:
                 raise
             logger.warning("The %s platform is not used (%s)", name, error)
-            self._workers = self._make_workers(own, count)
-            try:
-                self._synchronise(state)
-            except EnergyError:
-                self.close()
-                raise
+            self._start(own, count, state)
+
+    def _start(self, name: str, count: int, state: ContextState, ready: TwinWorkers | None = None) -> None:
+        """Make the workers, unless they are ready, and compare them with the Context."""
+        self._workers = self._make_workers(name, count, state) if ready is None else ready
+        try:
+            self._synchronise(state)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def platform(self) -> str:
-        """Name of the clones' platform."""
+        """Name of the clones' platform, or "twin"."""
         return self._workers.platform
 
     @property
     def n_workers(self) -> int:
-        """Number of clones, each in its own thread."""
+        """Number of clones, each in its own thread, or of the twin's threads."""
         return self._workers.n
 
     def __enter__(self) -> ContextPool:
@@ -129,7 +151,7 @@ class ContextPool:
         self.close()
 
     def close(self) -> None:
-        """End the worker threads and destroy the clones. Also done on collection and at exit."""
+        """End the worker threads and destroy clones or twin. Also done on collection and at exit."""
         self._workers.close()
 
     def energies(self, positions: ArrayLike | torch.Tensor) -> NDArray[np.float64]:
@@ -174,14 +196,15 @@ class ContextPool:
         differs, the clones are made afresh from the Context's System and compared once more. A System that
         was changed but not pushed into its Context (`updateParametersInContext`, `reinitialize`) leaves the
         clones as they are as long as they agree with the Context, for it is the Context that is being
-        sampled.
+        sampled. All of this holds for the twin as well, but for the box, which it does not have.
 
         Raises
         ------
         InputError
             The Context's positions are unset or not finite, or its energy is not finite.
         EnergyError
-            Clones of the Context's System do not have the Context's energy.
+            Clones (or the twin) of the Context's System do not have the Context's energy, or no twin can be made of the
+            System as it is now.
         """
         self._synchronise(read_state(self.context))
 
@@ -196,7 +219,7 @@ class ContextPool:
         digest = digest_system(self.context)
         if agrees and digest == self._digest:
             return
-        fresh = self._make_workers(self.platform, self.n_workers)
+        fresh = self._make_workers(self.platform, self.n_workers, state)
         try:
             fresh.apply(state)
             fresh_gap, fresh_tolerance = self._compare(fresh, state)
@@ -208,7 +231,7 @@ class ContextPool:
             # edited is normally pushed.
             self._workers.close()
             self._workers, self._digest = fresh, digest
-            logger.debug("The clones were made afresh from the Context's System.")
+            logger.debug("Clones or twin were made afresh from the Context's System.")
             return
         fresh.close()
         if agrees:
@@ -219,27 +242,32 @@ class ContextPool:
                     "reinitialize); energies follow the Context."
                 )
             return
+        copy = "torch twin" if self.platform == TWIN else "copy"
+        where = "" if self.platform == TWIN else f" on {self.platform}"
         raise EnergyError(
-            f"A copy of the Context's System on {self.platform} differs from the Context by {fresh_gap:.6g} "
+            f"A {copy} of the Context's System{where} differs from the Context by {fresh_gap:.6g} "
             f"kJ/mol at its positions (rounding allows {fresh_tolerance:.2g}): call updateParametersInContext "
             "on the forces that were changed, or context.reinitialize(preserveState=True)."
         )
 
-    def _compare(self, workers: Workers, state: ContextState) -> tuple[float, float]:
-        """Energy of a clone minus the Context's own at its positions, and what rounding allows."""
+    def _compare(self, workers: Workers | TwinWorkers, state: ContextState) -> tuple[float, float]:
+        """Energy of a clone or the twin minus the Context's own at its positions, and what rounding allows."""
         try:
             energy, groups = workers.group_energies(state.positions)
         except openmm.OpenMMException as error:
             message = str(error).rstrip(".")
             raise EnergyError(f"The {workers.platform} platform cannot evaluate the System ({message}).") from error
         own = self.context.getPlatform().getName()
-        double = is_double(own, platform_properties(own, self.context)) and is_double(
-            workers.platform, platform_properties(workers.platform, self.context)
-        )
+        double = is_double(own, platform_properties(own, self.context)) and workers.double
         same = own == workers.platform
         return energy - state.energy, energy_tolerance(state, groups, double=double, same_platform=same)
 
-    def _make_workers(self, platform: str, count: int) -> Workers:
+    def _make_workers(self, platform: str, count: int, state: ContextState) -> Workers | TwinWorkers:
+        if platform == TWIN:
+            try:
+                return TwinWorkers(clone_system(self.context), state, count)
+            except InputError as error:
+                raise EnergyError(str(error)) from error
         try:
             return Workers(clone_system(self.context), platform, platform_properties(platform, self.context), count)
         except openmm.OpenMMException as error:

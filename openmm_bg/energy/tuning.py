@@ -1,5 +1,5 @@
-"""Which platform, and how many Contexts beside each other, evaluate this System fastest: measured, not
-guessed.
+"""Which platform, and how many Contexts beside each other, or whether a torch twin evaluates this System fastest:
+measured, not guessed.
 
 No rule of thumb holds: the Reference platform is thirty times faster than the CPU platform on a small
 molecule in vacuum and ten times slower on one in implicit solvent, and some forces do not gain from a second
@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,14 +21,24 @@ import openmm  # isort: skip
 
 from ..errors import EnergyError, InputError
 from .arrays import as_frames, sound_rows
-from .snapshot import ContextState, clone_system, platform_properties, read_state
+from .choices import Choice, keep_choice, load_choice
+from .snapshot import ContextState, clone_system, digest_system, platform_properties, read_state
+from .twin_workers import TWIN, TwinWorkers, default_threads
 from .workers import Workers, usable_cores
 
 logger = logging.getLogger(__name__)
 
+Effort: TypeAlias = Literal["quick", "full"]
+
 #: Seconds after which no further candidate is started, and seconds of timing per candidate.
 TOTAL_SECONDS = 1.6
 CANDIDATE_SECONDS = 0.12
+
+#: The same of a full tuning. A twin works on many frames at once, and one alone costs as much as its least number for a
+#: thread, with which timing begins.
+FULL_SECONDS = 10.0
+TWIN_SECONDS = 1.0
+TWIN_FRAMES = 32
 
 #: A candidate is hopeless if its first frame takes longer than this, and even perfect scaling of a frame that
 #: is so many times faster (the first one pays for caches and neighbour lists) stays behind the best so far.
@@ -47,7 +57,9 @@ FRAME_ATOMS = 1_000_000
 
 @dataclass(frozen=True)
 class TuningRow:
-    """One candidate: platform, number of Contexts, frames per second (None if not timed), and why not."""
+    """One candidate: platform (or "twin"), number of Contexts (or threads), frames per second (None if not timed), and
+    why not.
+    """
 
     platform: str
     n_workers: int
@@ -57,25 +69,30 @@ class TuningRow:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Report of `tune`: every candidate in the order tried, and the chosen one."""
+    """Report of `tune`: every candidate in the order tried, the chosen one, and whether an earlier tuning chose it."""
 
     rows: tuple[TuningRow, ...]
     chosen: TuningRow
     seconds: float
+    kept: bool = False
 
     def __str__(self) -> str:
+        n = self.chosen.n_workers
+        where = (
+            f"{n} thread(s) of a torch twin of the System"
+            if self.chosen.platform == TWIN
+            else f"{n} Context(s) on {self.chosen.platform}"
+        )
+        what = f"Energies run in {where}, {self.chosen.frames_per_second:.3g} frames/s"
+        if self.kept:
+            return f"{what}, as an earlier full tuning of this System on this machine found."
         others = ", ".join(
             f"{row.platform} x {row.n_workers}: "
             + (row.note if row.frames_per_second is None else f"{row.frames_per_second:.3g}")
             for row in self.rows
             if row is not self.chosen
         )
-        return (
-            f"Energies run in {self.chosen.n_workers} Context(s) on {self.chosen.platform}, "
-            f"{self.chosen.frames_per_second:.3g} frames/s"
-            + (f" (others: {others})" if others else "")
-            + f", found in {self.seconds:.1f} s."
-        )
+        return what + (f" (others: {others})" if others else "") + f", found in {self.seconds:.1f} s."
 
 
 def tune(
@@ -84,6 +101,7 @@ def tune(
     platform: str | None = None,
     n_workers: int | None = None,
     positions: Any = None,
+    effort: Effort = "quick",
 ) -> Tuning:
     """Time energies and forces on every platform present and on growing numbers of workers.
 
@@ -96,9 +114,13 @@ def tune(
     context
         Context with positions; it is read only.
     platform, n_workers
-        Fix one of the two; None means to be found.
+        Fix one of the two; None means to be found. The platform may be "twin".
     positions
         [F, N, 3] nm, finite frames like those to come; default the Context's own positions.
+    effort
+        "full" takes longer for each candidate to be timed, and tries the System's torch twin too, which may take
+        seconds to compile. What it finds is kept in the user's cache folder, and "quick" takes that up, without timing,
+        for the same System, machine and versions. Neither is done where platform or n_workers is named.
 
     Returns
     -------
@@ -108,25 +130,88 @@ def tune(
     Raises
     ------
     InputError
-        No such platform, a worker count below 1, frames of a wrong shape or not finite, or a Context without
-        finite positions and energy.
+        No such platform, a worker count below 1, frames of a wrong shape or not finite, an unknown effort, or a Context
+        without finite positions and energy.
     EnergyError
         No candidate could be timed.
     """
+    report, twin = find_fastest(context, platform=platform, n_workers=n_workers, positions=positions, effort=effort)
+    if twin is not None:
+        twin.close()
+    return report
+
+
+def find_fastest(
+    context: openmm.Context,
+    *,
+    platform: str | None = None,
+    n_workers: int | None = None,
+    positions: Any = None,
+    effort: Effort = "quick",
+    kept: bool = True,
+) -> tuple[Tuning, TwinWorkers | None]:
+    """As `tune`, and the twin, if it was made and chosen, for it costs seconds to make.
+
+    Without ``kept`` no choice of an earlier tuning is taken up.
+    """
     started = time.perf_counter()
-    check_choice(platform, n_workers)
+    check_choice(platform, n_workers, effort)
     state = read_state(context)
     frames = _frames(state, positions)
-    system = clone_system(context)
-    cores = len(usable_cores())
-    counts = [n_workers] if n_workers is not None else _counts(cores)
+    digest = digest_system(context) if platform is None and n_workers is None else None
+    if kept and effort == "quick" and digest is not None and (choice := load_choice(digest)) is not None:
+        row = TuningRow(choice.platform, choice.n_workers, choice.frames_per_second)
+        report = Tuning((row,), row, time.perf_counter() - started, kept=True)
+        logger.info("%s", report)
+        return report, None
 
+    system = clone_system(context)
+    rows: list[TuningRow] = []
+    twin: TwinWorkers | None = None
+    if platform != TWIN:
+        names = [platform] if platform is not None else _platforms(context)
+        counts = [n_workers] if n_workers is not None else _counts(len(usable_cores()))
+        deadline = started + (FULL_SECONDS if effort == "full" else TOTAL_SECONDS)
+        rows = _time_contexts(context, system, state, frames, names, counts, deadline)
+    if platform == TWIN or (platform is None and effort == "full"):
+        found, twin = _time_twin(
+            system, state, frames, [n_workers] if n_workers is not None else _counts(default_threads())
+        )
+        rows += found
+
+    timed = [row for row in rows if row.frames_per_second is not None]
+    if not timed:
+        reasons = "; ".join(f"{row.platform}: {row.note}" for row in rows)
+        raise EnergyError(f"No platform could evaluate the System in a copy of the Context ({reasons}).")
+    chosen = max(timed, key=lambda row: row.frames_per_second or 0.0)
+    if twin is not None and chosen.platform != TWIN:
+        twin.close()
+        twin = None
+    elif twin is not None:
+        twin.set_threads(chosen.n_workers)
+    report = Tuning(tuple(rows), chosen, time.perf_counter() - started)
+    logger.info("%s", report)
+    if effort == "full" and digest is not None:
+        keep_choice(digest, Choice(chosen.platform, chosen.n_workers, chosen.frames_per_second or 0.0))
+    return report, twin
+
+
+def _time_contexts(
+    context: openmm.Context,
+    system: openmm.System,
+    state: ContextState,
+    frames: NDArray[np.float64],
+    names: list[str],
+    counts: list[int],
+    deadline: float,
+) -> list[TuningRow]:
+    """Platforms and worker counts, each until it gains no more."""
     rows: list[TuningRow] = []
     best = 0.0
-    for name in [platform] if platform is not None else _platforms(context):
+    for name in names:
         best_here = 0.0
         for count in counts:
-            if best > 0.0 and time.perf_counter() - started > TOTAL_SECONDS:
+            if best > 0.0 and time.perf_counter() > deadline:
                 rows.append(TuningRow(name, count, None, "no time left"))
                 break
             try:
@@ -150,23 +235,39 @@ def tune(
             if rate < GAIN * best_here:
                 break
             best_here = max(best_here, rate)
-
-    timed = [row for row in rows if row.frames_per_second is not None]
-    if not timed:
-        reasons = "; ".join(f"{row.platform}: {row.note}" for row in rows)
-        raise EnergyError(f"No platform could evaluate the System in a copy of the Context ({reasons}).")
-    chosen = max(timed, key=lambda row: row.frames_per_second or 0.0)
-    report = Tuning(tuple(rows), chosen, time.perf_counter() - started)
-    logger.info("%s", report)
-    return report
+    return rows
 
 
-def check_choice(platform: str | None, n_workers: int | None) -> None:
-    """Refuse a platform that is not there and a worker count below 1."""
-    if platform is not None and platform not in platform_names():
-        raise InputError(f"There is no platform {platform!r} here: name one of {', '.join(platform_names())}.")
+def _time_twin(
+    system: openmm.System, state: ContextState, frames: NDArray[np.float64], counts: list[int]
+) -> tuple[list[TuningRow], TwinWorkers | None]:
+    """The twin's rows, one for each number of threads, and the twin unless it cannot be had."""
+    try:
+        twin = TwinWorkers(system, state, counts[0])
+    except (InputError, EnergyError) as error:
+        return [TuningRow(TWIN, counts[0], None, str(error).rstrip("."))], None
+    rows: list[TuningRow] = []
+    for n in counts:
+        twin.set_threads(n)
+        first = TWIN_FRAMES * n
+        twin.evaluate(frames[:first], list(range(len(frames[:first]))), forces=True)  # its first call starts threads
+        rate = _rate(twin, frames, hopeless_below=0.0, scaling=1.0, seconds_allowed=TWIN_SECONDS, first=first)
+        rows.append(TuningRow(TWIN, n, rate, "compiled" if twin.twin.compiled else "not compiled"))
+    return rows, twin
+
+
+def check_choice(platform: str | None, n_workers: int | None, effort: str | None = None) -> None:
+    """Refuse a platform that is not there, a worker count below 1 and an unknown effort.
+
+    Without an effort, Contexts are wanted, and "twin" is no platform.
+    """
+    names = platform_names() + ([] if effort is None else [TWIN])
+    if platform is not None and platform not in names:
+        raise InputError(f"There is no platform {platform!r} here: name one of {', '.join(names)}.")
     if n_workers is not None and (isinstance(n_workers, bool) or int(n_workers) != n_workers or n_workers < 1):
         raise InputError(f"n_workers must be a whole number of at least 1, not {n_workers!r}.")
+    if effort is not None and effort not in ("quick", "full"):
+        raise InputError(f"Tuning is 'quick' or 'full', not {effort!r}.")
 
 
 def platform_names() -> list[str]:
@@ -198,7 +299,15 @@ def _frames(state: ContextState, positions: Any) -> NDArray[np.float64]:
     return frames
 
 
-def _rate(workers: Workers, frames: NDArray[np.float64], *, hopeless_below: float, scaling: float) -> float | None:
+def _rate(
+    workers: Workers | TwinWorkers,
+    frames: NDArray[np.float64],
+    *,
+    hopeless_below: float,
+    scaling: float,
+    seconds_allowed: float = CANDIDATE_SECONDS,
+    first: int = 0,
+) -> float | None:
     """Frames per second, or None if one frame per worker shows that the candidate cannot win."""
 
     def seconds(n: int) -> float:
@@ -206,17 +315,17 @@ def _rate(workers: Workers, frames: NDArray[np.float64], *, hopeless_below: floa
         workers.evaluate(frames, list(range(n)), forces=True)
         return max(time.perf_counter() - begin, 1e-9)
 
-    n = min(workers.n, len(frames))
+    n = min(max(workers.n, first), len(frames))
     total = elapsed = seconds(n)
     if elapsed > COSTLY_SECONDS and scaling * WARM_UP * n / elapsed < hopeless_below:
         return None
     # Grow towards a batch that fills the time allowed, so that handing out work weighs as it does in use.
-    while (size := min(len(frames), int(0.5 * (CANDIDATE_SECONDS - total) * n / elapsed))) > n:
+    while (size := min(len(frames), int(0.5 * (seconds_allowed - total) * n / elapsed))) > n:
         n, elapsed = size, seconds(size)
         total += elapsed
     # The best of a few, for other load on the machine only ever slows a candidate down.
     for _ in range(REPEATS):
-        if total > 0.5 * CANDIDATE_SECONDS:
+        if total > 0.5 * seconds_allowed:
             break
         again = seconds(n)
         elapsed, total = min(elapsed, again), total + again

@@ -25,7 +25,7 @@ import openmm  # isort: skip
 from openmm import unit  # isort: skip
 
 from ..errors import EnergyError
-from .snapshot import Box, ContextState
+from .snapshot import Box, ContextState, is_double
 
 logger = logging.getLogger(__name__)
 
@@ -213,6 +213,7 @@ class Workers:
 
     def __init__(self, system: openmm.System, platform: str, properties: Mapping[str, str], n: int) -> None:
         self.platform = platform
+        self.double = is_double(platform, properties)
         self.n = n
         self.n_atoms = system.getNumParticles()
         self.failure: str | None = None

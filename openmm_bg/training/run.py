@@ -19,7 +19,7 @@ from openmm import unit  # isort: skip
 from openmm_bg.artifact import Flow, compress_text, topology_to_dict
 from openmm_bg.coordinates import CoordinateMap, MoleculeGraph, read_constraints
 from openmm_bg.energy import ContextPool, Target, in_kelvin, make_context
-from openmm_bg.errors import InputError
+from openmm_bg.errors import EnergyError, InputError
 from openmm_bg.flow import build_flow
 from openmm_bg.flow.completion import Completion
 from openmm_bg.training.completion import fit_completion, free_columns
@@ -54,6 +54,7 @@ def train(
     resume: bool = False,
     platform: str | None = None,
     n_workers: int | None = None,
+    tune: Literal["quick", "full"] = "quick",
     device: str | None = None,
     progress: bool = True,
 ) -> Flow:
@@ -85,7 +86,10 @@ def train(
     resume
         Continue from the checkpoint in ``directory``.
     platform, n_workers
-        Of the Contexts that evaluate energies, in each process; None chooses by timing.
+        Of the Contexts that evaluate energies, in each process; None chooses by timing. "twin": a torch twin of the
+        System evaluates them.
+    tune
+        "full" tries the twin too, takes longer, and is remembered (see `openmm_bg.energy.tune`).
     device
         Where the flow is trained, "cpu" (the default) or "cuda".
     progress
@@ -109,7 +113,7 @@ def train(
     with joined(where) as ranks:
         return _train(
             system, topology, trajectory, temperature, log_weights, representation, config, directory, resume, platform,
-            n_workers, where, progress, ranks,
+            n_workers, tune, where, progress, ranks,
         )  # fmt: skip
 
 
@@ -125,6 +129,7 @@ def _train(
     resume: bool,
     platform: str | None,
     n_workers: int | None,
+    tune: Literal["quick", "full"],
     device: torch.device,
     progress: bool,
     ranks: Ranks,
@@ -152,7 +157,7 @@ def _train(
     context = make_context(system, *_platform(platform))
     context.setPositions(positions[0].astype(np.float64))
     density = build_flow(coordinates.layout, config.flow, seed=config.seed).to(device)
-    with _common_pool(context, platform, n_workers, ranks) as pool:
+    with _common_pool(context, platform, n_workers, tune, ranks) as pool:
         target = Target(coordinates.to(device), pool, kelvin)
         trainer = Trainer(
             density,
@@ -379,9 +384,13 @@ def _device(name: str | None) -> torch.device:
 
 @contextmanager
 def _common_pool(
-    context: openmm.Context, platform: str | None, n_workers: int | None, ranks: Ranks
+    context: openmm.Context,
+    platform: str | None,
+    n_workers: int | None,
+    tune: Literal["quick", "full"],
+    ranks: Ranks,
 ) -> Iterator[ContextPool]:
-    """Contexts for energies, on the main process's platform everywhere: one energy function for all.
+    """Contexts (or twins) for energies, on the main process's platform everywhere: one energy function for all.
 
     All time their choices at once, and so see the machine as it will be. Processes that train on a GPU each have their
     Contexts on the same one.
@@ -389,10 +398,15 @@ def _common_pool(
     with ExitStack() as stack:
         if ranks.size > 1 and torch.cuda.is_available():
             stack.enter_context(_contexts_on_gpu(torch.cuda.current_device()))
-        pool = stack.enter_context(ContextPool(context, platform=platform, n_workers=n_workers))
+        pool = stack.enter_context(ContextPool(context, platform=platform, n_workers=n_workers, tune=tune))
         chosen, workers = ranks.from_main(lambda: (pool.platform, pool.n_workers))
         if pool.platform != chosen:
             pool = stack.enter_context(ContextPool(context, platform=chosen, n_workers=n_workers or workers))
+        if pool.platform != chosen:
+            raise EnergyError(
+                f"Energies of the main process come from {chosen}, which another process cannot use: name a platform "
+                "that all have."
+            )
         yield pool
 
 
@@ -412,12 +426,12 @@ def _contexts_on_gpu(index: int) -> Iterator[None]:
 
 
 def _platform(name: str | None) -> tuple[openmm.Platform, ...]:
-    if name is None:
+    if name is None or name == "twin":
         # Only a holder of positions and parameters; the pool times every platform for the real work.
         name = "Reference"
     names = [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())]
     if name not in names:
-        raise InputError(f"There is no OpenMM platform {name!r} here: choose one of {', '.join(names)}.")
+        raise InputError(f"There is no OpenMM platform {name!r} here: choose one of {', '.join(names)}, twin.")
     return (openmm.Platform.getPlatformByName(name),)
 
 

@@ -1,13 +1,15 @@
 """Energies and forces of batches: plain loop, pool of Contexts and torch twin, as rows of docs/benchmarks.md.
 
     OMP_NUM_THREADS=1 taskset -c 0 python tests/benchmarks/energies.py
-    python tests/benchmarks/energies.py --systems dipeptide-obc1 hp35-gbn2 --threads 2
+    python tests/benchmarks/energies.py --systems dipeptide-obc1 hp35-gbn2 --threads 2 --compiled
 
 Prints a table for each system: frames per second, and their ratio to the limit of OpenMM's CPU platform, which is the
 same number of force evaluations inside ``integrator.step()`` in one Context a thread. All candidates take turns, so
 that they see the same machine, and the best turn of each counts. With one thread it is the CPU time of this process
 that is measured, which other processes disturb least; otherwise wall time. Positions are jittered by 4 pm. Every twin
-is compared with the Reference platform first, and a line says how far from it it is.
+is compared with the Reference platform first, and a line says how far from it it is. Lines above the table say what
+pools that tune themselves have chosen, and how long their construction took; these use all cores that the process may
+run on. What is compiled or kept lies in a folder that is deleted at the end, so that first times are first times.
 """
 
 from __future__ import annotations
@@ -17,20 +19,23 @@ import copy
 import datetime
 import importlib.util
 import logging
+import os
 import platform as machine
 import sys
-import threading
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from openmm_bg.energy import ContextPool, SystemTwin, make_context
+from openmm_bg.energy import ContextPool, SystemTwin
 from openmm_bg.energy.implicit_solvent import with_equal_solvent
+from openmm_bg.energy.workers import usable_cores
 from openmm_bg.errors import BGError
 
 import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only then)
@@ -65,65 +70,97 @@ def load(name: str) -> tuple[openmm.System, NDArray[np.float64]]:
     return app.ForceField(*files).createSystem(topology), np.asarray(positions)
 
 
-def cpu_context(system: openmm.System, frame: NDArray[np.float64]) -> openmm.Context:
-    """A Context on the CPU platform that uses one thread."""
-    platform = openmm.Platform.getPlatformByName("CPU")
-    context = openmm.Context(copy.deepcopy(system), openmm.VerletIntegrator(1e-7), platform, {"Threads": "1"})
+def context_on(name: str, system: openmm.System, frame: NDArray[np.float64]) -> openmm.Context:
+    """A Context that uses one thread."""
+    properties = {"Threads": "1"} if name == "CPU" else {}
+    platform = openmm.Platform.getPlatformByName(name)
+    context = openmm.Context(copy.deepcopy(system), openmm.VerletIntegrator(1e-7), platform, properties)
     context.setPositions(frame)
     return context
 
 
-def plain_loop(context: openmm.Context, frames: NDArray[np.float64]) -> Call:
-    """One frame after the other, as OpenMM's manual has it."""
+def pinned(index: int) -> ThreadPoolExecutor:
+    """A thread that stays on one core."""
+    cores = usable_cores()
+    start = os.sched_setaffinity if hasattr(os, "sched_setaffinity") else lambda *_: None
+    return ThreadPoolExecutor(1, initializer=start, initargs=(0, {cores[index % len(cores)]}))
 
-    def run() -> None:
+
+def plain_loop(name: str, system: openmm.System, frames: NDArray[np.float64]) -> Call:
+    """One frame after the other, as OpenMM's manual has it, but pinned."""
+    worker = pinned(0)
+    context = worker.submit(context_on, name, system, frames[0]).result()
+
+    def loop() -> None:
         for frame in frames:
             context.setPositions(frame)
             state = context.getState(energy=True, forces=True)
             state.getPotentialEnergy(), state.getForces(asNumpy=True)
 
-    return run
+    return lambda: worker.submit(loop).result()
 
 
-def steps(system: openmm.System, frames: NDArray[np.float64], threads: int) -> Call:
-    """As many force evaluations as there are frames, inside the integrator, shared among Contexts."""
-    contexts = [cpu_context(system, frames[0]) for _ in range(threads)]
+def steps(system: openmm.System, frames: NDArray[np.float64], threads: int, name: str = "CPU") -> Call:
+    """As many force evaluations as there are frames, inside the integrator, shared among Contexts.
+
+    Every Context is made and used in a thread that stays on its core: the CPU platform would else be up to four times
+    slower.
+    """
+    workers = [pinned(i) for i in range(threads)]
+    contexts = [worker.submit(context_on, name, system, frames[0]).result() for worker in workers]
+    each = len(frames) // threads
 
     def run() -> None:
-        each = len(frames) // threads
-        workers = [threading.Thread(target=c.getIntegrator().step, args=(each,)) for c in contexts]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
+        running = [w.submit(c.getIntegrator().step, each) for w, c in zip(workers, contexts, strict=True)]
+        for step in running:
+            step.result()
 
     return run
 
 
-def candidates(system: openmm.System, frames: NDArray[np.float64], threads: int) -> dict[str, Call]:
+def self_tuned(system: openmm.System, frames: NDArray[np.float64]) -> dict[str, Call]:
+    """Pools that choose for themselves: among Contexts, and with the twin among the candidates."""
+    found = {}
+    for name, effort in (
+        ("pool, self-tuned, Contexts", "quick"),
+        ('pool, tune="full"', "full"),
+        ("the same from a kept choice", "quick"),
+    ):
+        context = context_on("CPU", system, frames[0])
+        started = time.perf_counter()
+        pool = ContextPool(context, positions=frames[:8], tune=effort)
+        print(f"{name}: made in {time.perf_counter() - started:.2f} s. {pool.tuning}", flush=True)
+        if effort == "full" or pool.platform != "twin":
+            found[f"{name} ({pool.platform} x {pool.n_workers})"] = lambda p=pool: p.energies_and_forces(frames)
+    return found
+
+
+def candidates(system: openmm.System, frames: NDArray[np.float64], options: argparse.Namespace) -> dict[str, Call]:
     """What is timed, by name."""
-    context = cpu_context(system, frames[0])
+    threads: int = options.threads
+    tuned = self_tuned(system, frames)
     found = {
         "limit: step(), CPU": steps(system, frames, threads),
-        "plain loop, CPU": plain_loop(context, frames),
+        "plain loop, CPU": plain_loop("CPU", system, frames),
     }
     platforms = ["CPU"]
     if frames.shape[1] <= REFERENCE_ATOMS:
         platforms.append("Reference")
-        reference = make_context(system)
-        reference.setPositions(frames[0])
-        found["plain loop, Reference"] = plain_loop(reference, frames)
+        found["limit: step(), Reference"] = steps(system, frames, threads, "Reference")
+        found["plain loop, Reference"] = plain_loop("Reference", system, frames)
+    found |= tuned
 
     def add_pool(name: str, which: openmm.System) -> None:
         for platform in platforms:
-            pool = ContextPool(cpu_context(which, frames[0]), platform=platform, n_workers=threads)
+            pool = ContextPool(context_on("CPU", which, frames[0]), platform=platform, n_workers=threads)
             found[f"{name}, {platform} x {threads}"] = lambda pool=pool: pool.energies_and_forces(frames)
 
     add_pool("pool", system)
     if (equal := with_equal_solvent(system)) is not None:
+        found["limit: step(), CPU, equal GBSAOBCForce"] = steps(equal, frames, threads)
         add_pool("pool, equal GBSAOBCForce", equal)
     for dtype in (torch.float64, torch.float32):
-        for compiled in (False, True):
+        for compiled in (True,) if options.compiled else (False, True):
             started = time.perf_counter()
             twin = SystemTwin(system, frames[:2], dtype=dtype, compile=compiled, n_threads=threads)
             kind = "compiled" if twin.compiled else "torch"
@@ -154,7 +191,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
     noise = np.random.default_rng(0).normal(scale=0.004, size=(options.batch, *x.shape))
     frames = np.ascontiguousarray(x + noise)
     print(f"\n{name}: {len(x)} atoms, {options.batch} frames, {options.threads} thread(s)")
-    found = rates(candidates(system, frames, options.threads), len(frames), options)
+    found = rates(candidates(system, frames, options), len(frames), options)
     limit = found["limit: step(), CPU"]
     print("\n| | frames/s | of the limit |\n|---|---|---|")
     for candidate, rate in found.items():
@@ -170,6 +207,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=0.5, help="least time of each candidate in each turn")
+    parser.add_argument("--compiled", action="store_true", help="leave out the twins that are not compiled")
     options = parser.parse_args()
     logging.disable(logging.WARNING)  # of openmmtools
     torch.set_num_threads(options.threads)
@@ -177,11 +215,13 @@ def main() -> None:
         f"{datetime.date.today().isoformat()}, {machine.machine()}, torch {torch.__version__}, "
         f"OpenMM {openmm.Platform.getOpenMMVersion()}"
     )
-    for name in options.systems:
-        try:
-            measure(name, options)
-        except BGError as error:
-            print(f"{name}: {error}")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = folder
+        for name in options.systems:
+            try:
+                measure(name, options)
+            except BGError as error:
+                print(f"{name}: {error}")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch  # noqa: F401  (before openmm)
+
+from openmm_bg.energy import choices
 
 import openmm  # isort: skip
 from openmm import unit  # isort: skip
@@ -27,6 +30,13 @@ def dipeptide() -> tuple[openmm.System, np.ndarray]:
         test = AlanineDipeptideVacuum()
         logging.disable(logging.NOTSET)
     return test.system, np.array(test.positions.value_in_unit(unit.nanometer))
+
+
+@pytest.fixture(autouse=True)
+def no_kept_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Tests of timing do not take up what the user of this machine has tuned; where choices lie instead."""
+    monkeypatch.setattr(choices, "cache_folder", lambda: tmp_path)
+    return tmp_path / "choices"
 
 
 @pytest.fixture

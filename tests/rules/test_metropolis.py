@@ -277,7 +277,7 @@ def test_shapes_must_agree(shapes):
 
 def test_the_rules_import_neither_openmm_nor_torch():
     code = (
-        "import sys, openmm_bg.rules.metropolis, openmm_bg.rules.annealing, openmm_bg.weights, openmm_bg.free_energy;"
+        "import sys, openmm_bg.rules.metropolis, openmm_bg.rules.annealing, openmm_bg.weights;"
         "print([m for m in ('openmm', 'torch', 'pymbar', 'arviz_stats', 'matplotlib', 'mdtraj')"
         " if m in sys.modules])"
     )

@@ -250,28 +250,31 @@ class SystemTwin:
         moved = positions.detach().to(self.device)
         energies = torch.empty(len(moved), dtype=torch.float64, device=self.device)
         found = torch.empty(moved.shape, dtype=self.dtype, device=self.device) if forces else None
-        size = self._chunk_size()
+        size = self._chunk_size(len(moved))
         chunks = [slice(start, min(start + size, len(moved))) for start in range(0, len(moved), size)]
 
         @torch.no_grad()  # which holds in one thread only
         def work(rows: slice) -> None:
             self._chunk(moved[rows], energies[rows], None if found is None else found[rows])
 
-        if self.n_threads > 1 and len(chunks) > 1 and self.device.type == "cpu":
-            before = torch.get_num_threads()
-            try:
+        shared = self.n_threads > 1 and len(chunks) > 1 and self.device.type == "cpu"
+        before = torch.get_num_threads()
+        try:
+            if shared or self.compiled or self.n_threads == 1:
+                torch.set_num_threads(1)  # chunks are small: threads that share one operation wait for each other
+            if shared:
                 list(self._threads().map(work, chunks))
-            finally:
-                torch.set_num_threads(before)  # threads to come do as the last call said, and the workers said 1
-        else:
-            for rows in chunks:
-                work(rows)
-        with torch.no_grad():
-            sound = (moved.abs() < FARTHEST).all(dim=2).all(dim=1)  # NaN compares as False
-            good = sound & torch.isfinite(energies)
-            energies = torch.where(good, energies, torch.inf)
-            if found is not None:
-                found[~(good & torch.isfinite(found).all(dim=2).all(dim=1))] = 0.0
+            else:
+                for rows in chunks:
+                    work(rows)
+            with torch.no_grad():
+                sound = (moved.abs() < FARTHEST).all(dim=2).all(dim=1)  # NaN compares as False
+                good = sound & torch.isfinite(energies)
+                energies = torch.where(good, energies, torch.inf)
+                if found is not None:
+                    found[~(good & torch.isfinite(found).all(dim=2).all(dim=1))] = 0.0
+        finally:
+            torch.set_num_threads(before)  # threads to come do as the last call said
         self.n_energies += int(sound.sum())
         self.n_nonfinite += int((~good).sum())
         return energies, found
@@ -290,13 +293,15 @@ class SystemTwin:
         if forces is not None and gradient is not None:
             torch.neg(gradient.permute(2, 1, 0)[:count], out=forces)
 
-    def _chunk_size(self) -> int:
-        """Frames evaluated together: few, so that temporary arrays stay in the cache."""
+    def _chunk_size(self, count: int) -> int:
+        """Frames of a batch evaluated together: few, so that temporary arrays stay in the cache."""
         if self.device.type != "cpu":
             return CHUNK_DEVICE
         if not self.compiled:
             return CHUNK
-        return max(CHUNK_COMPILED[0], min(CHUNK_COMPILED[1], CHUNK_ATOMS // max(self.n_atoms, 1) // 16 * 16))
+        share = -(-count // (16 * self.n_threads)) * 16  # so that no thread is left without one
+        most = min(CHUNK_COMPILED[1], CHUNK_ATOMS // max(self.n_atoms, 1) // 16 * 16, share)
+        return max(CHUNK_COMPILED[0], most)
 
     def _threads(self) -> ThreadPoolExecutor:
         if self._executor is None or self._executor[0] != os.getpid():  # threads do not survive a fork
