@@ -1,5 +1,8 @@
 """What the tests of several rooms start from and compare with: the shipped alanine dipeptide."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch  # before openmm
@@ -20,8 +23,11 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """Neither choices nor libraries that this user keeps decide what a test runs, and no test leaves any."""
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        # whose list of fonts lies there too, and takes long to make
+        patch.setenv("MPLCONFIGDIR", os.environ.get("MPLCONFIGDIR") or str(usual / "matplotlib"))
         yield
 
 
