@@ -9,6 +9,7 @@ on MD at the highest temperature, the two carry conformations between bottom and
 """
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 from openmm import LangevinMiddleIntegrator, app, unit
@@ -30,6 +31,11 @@ def main() -> None:
     parser.add_argument("-o", "--output", help="folder for the log, checkpoints and a record of the flows")
     parser.add_argument("--resume", action="store_true", help="continue from the folder of --output")
     arguments = parser.parse_args()
+    if arguments.resume and not arguments.output:
+        parser.error("--resume continues the run in a folder: name it with --output")
+    if arguments.output and not arguments.resume and Path(arguments.output).is_dir():
+        if any(Path(arguments.output).iterdir()):
+            parser.error(f"{arguments.output} is not empty: --resume continues its run, another one needs a new folder")
 
     molecule = bg.load_alanine_dipeptide()
     integrator = LangevinMiddleIntegrator(300 * unit.kelvin, 1 / unit.picosecond, 1 * unit.femtoseconds)

@@ -23,7 +23,10 @@ def check_atoms(atoms: Sequence[int]) -> list[int]:
     InputError
         They are not whole numbers from 0 on, all different.
     """
-    found = list(atoms)
+    try:
+        found = list(atoms)
+    except TypeError as error:
+        raise InputError(f"atom_subset must be a list of particle indices, got {atoms!r}.") from error
     if any(isinstance(k, (bool, np.bool_)) or not isinstance(k, (int, np.integer)) or k < 0 for k in found):
         raise InputError("atom_subset must be a list of particle indices, whole numbers from 0 on.")
     if not found or len(set(found)) < len(found):

@@ -46,7 +46,8 @@ def FlowForce(
     -------
     openmm.Force
         "python": a PythonForce, computed on the CPU, log q, log J and Φ in float64. It acts on all particles; in a
-        larger System name the molecule's with ``setParticles`` (OpenMM >= 8.6). XML and copies of the System hold the
+        larger System name the molecule's, in the order of the flow's atoms, with ``setParticles`` (OpenMM >= 8.6, which
+        does not check that the System has particles of these indices). XML and copies of the System hold the
         artifact's path and sha256, not the flow, in a pickle: read only XML that you trust.
 
         "torch": a TorchForce with the same energies and forces, tested on the Reference and CPU platforms; a GPU gives
@@ -61,9 +62,10 @@ def FlowForce(
         The artifact cannot be read. In MD, as an OpenMMException ("python"): in a process that has not read it yet,
         the file has vanished or changed.
     InputError
-        The flow is `reduced` without a completion; a bad temperature, parameter name or backend; "torch" where
-        openmm-torch does not work, with what was found. In MD, as an OpenMMException: another number of particles, or
-        kept lengths that the System does not constrain ("torch": in the last line of what TorchScript says).
+        ``path`` is no path; the flow is `reduced` without a completion; a bad temperature, parameter name or backend;
+        "torch" where openmm-torch does not work, with what was found. In MD, as an OpenMMException: another number of
+        particles, or kept lengths that the System does not constrain ("torch": in the last line of what TorchScript
+        says).
 
     Notes
     -----
@@ -84,6 +86,8 @@ def FlowForce(
     """
     if isinstance(path, Flow):
         raise InputError("FlowForce needs the artifact's path, not a Flow: write it with flow.save() first.")
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"FlowForce takes the path of a saved flow, got {path!r}.")
     if not isinstance(parameter, str) or not parameter:
         raise InputError(f"The name of the global parameter must be a non-empty string, not {parameter!r}.")
     if backend not in BACKENDS:

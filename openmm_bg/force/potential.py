@@ -76,7 +76,7 @@ class FlowPotential:
         Raises
         ------
         InputError
-            Another number of atoms; kept lengths that are not those of the flow's constraints.
+            Another number of atoms, or in another order; kept lengths that are not those of the flow's constraints.
         """
         flow = self.flow
         coordinates = flow.coordinates
@@ -95,9 +95,14 @@ class FlowPotential:
         if held:
             off = float((s.detach() - coordinates.reference_fixed)[:, held].abs().max())
             if off > LENGTH_SLACK:
+                particles = (
+                    "name in setParticles() the molecule's particles, which the System must have, in the flow's order"
+                    if hasattr(openmm.PythonForce, "setParticles")
+                    else "its particles in the flow's order"
+                )
                 raise InputError(
                     f"A bond length that the flow keeps fixed is {off:.3f} nm off: give the System the constraints "
-                    "that the flow was trained with."
+                    f"that the flow was trained with, and {particles}."
                 )
         log_p = flow.joint_log_prob(y, s).double() - coordinates.log_volume(y, s)
         return log_p, coordinates.in_domain(y, s)

@@ -106,7 +106,7 @@ class _Potential(nn.Module):
         if lengths.numel() > 0 and bool((lengths - self.lengths).abs().max() > self.slack):
             raise RuntimeError(
                 f"A bond length that the flow keeps fixed is more than {self.slack} nm off: give the System the "
-                "constraints that the flow was trained with."
+                "constraints that the flow was trained with, and its particles in the flow's order."
             )
         value, force = -self.kT * log_p.detach()[0], self.kT * slope.detach()[0]
         factor = scale.to(torch.float64)

@@ -17,6 +17,7 @@ import torch  # noqa: F401  # isort: skip  (before OpenMM, or its torch plugin d
 import openmm  # isort: skip
 from openmm import unit  # isort: skip
 from openmmtools.mcmc import MCMCMove  # isort: skip  (the base class: whoever imports this room wants openmmtools)
+from openmmtools.states import SamplerState, ThermodynamicState  # isort: skip
 
 from openmm_bg.artifact import Flow, load
 from openmm_bg.errors import ArtifactError, InputError
@@ -132,13 +133,20 @@ class FlowMove(MCMCMove):
         Raises
         ------
         InputError
-            A state of another System than the flow's, positions that are not finite, a periodic System in which
-            OpenMM does not see the molecule as one, or a cached Context that was reinitialised with another System.
+            States of other types, or in the wrong order; a state of another System than the flow's, positions that are
+            not finite, a periodic System in which OpenMM does not see the molecule as one, or a cached Context that was
+            reinitialised with another System.
         ArtifactError
             The flow's file is gone, or has changed since the move was made.
         EnergyError
             The energy of the current positions cannot be computed.
         """
+        for found, kind in ((thermodynamic_state, ThermodynamicState), (sampler_state, SamplerState)):
+            if not isinstance(found, kind):
+                raise InputError(
+                    f"apply() takes a ThermodynamicState and a SamplerState, in this order, not a "
+                    f"{type(found).__name__} for the {kind.__name__}."
+                )
         flow = _flow(self.flow_path, self.flow_sha256)
         n_atoms = flow.coordinates.n_atoms
         if self.atom_subset is None:

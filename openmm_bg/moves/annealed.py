@@ -7,6 +7,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from openmm_bg.ensemble import Ensemble
+from openmm_bg.errors import InputError
 from openmm_bg.matching import require_count
 from openmm_bg.moves.latent import require_steps
 from openmm_bg.rules.annealing import annealed_importance_sampling, check_schedule, latent_kernel
@@ -53,7 +54,7 @@ def anneal(
     Raises
     ------
     InputError
-        As `sampler.sample` and `annealed_importance_sampling`.
+        As `sampler.sample` and `annealed_importance_sampling`; a seed that is no whole number of at least 0.
     EnergyError
         The Context no longer has the energies of its System.
     """
@@ -61,6 +62,10 @@ def anneal(
     require_count("n_steps", n_steps)
     require_steps(a, width)
     check_schedule(schedule)
+    try:
+        rng = np.random.default_rng(seed)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"The seed must be a whole number of at least 0, got {seed!r}.") from error
     sampler.sample(1)  # refuses what formula A refuses, and fetches the parameters and box of the Context
     coordinates, space = sampler.coordinates, sampler.space
     fixed = coordinates.reference_fixed
@@ -80,7 +85,6 @@ def anneal(
         return tuple(np.concatenate(column) for column in zip(*out, strict=True))
 
     kernel = latent_kernel(**space.base, a=a, width=width, n_steps=n_steps)
-    rng = np.random.default_rng(seed)
     z, log_w, info = annealed_importance_sampling(
         space.log_base, lambda z: evaluate(z)[0], space.draw, kernel, schedule, n, rng
     )

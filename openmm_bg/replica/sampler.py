@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 import torch  # noqa: F401  # isort: skip  (before OpenMM, or its torch plugin does not load)
+import openmm  # isort: skip
 from openmm import app, unit  # isort: skip
 
 from openmm_bg.artifact import Flow, load
 from openmm_bg.energy import thermal_energy
 from openmm_bg.errors import InputError
-from openmm_bg.matching import require_count
+from openmm_bg.matching import first_line, require_count
 from openmm_bg.proposals import FlowProposals, Outcome, check_counts, check_step, redraw_velocities
 from openmm_bg.rules.annealing import check_schedule
 from openmm_bg.surroundings import require_molecule
@@ -82,8 +83,9 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
     Raises
     ------
     InputError
-        The System is not the flow's, a state that does not exist, n_steps or n_proposals below 1, options of different
-        kinds of moves together, a temperature that is not positive, flows of different coordinates to swap between.
+        Arguments of another type, a Simulation without positions, the System is not the flow's, a state that does not
+        exist, n_steps or n_proposals below 1, options of different kinds of moves together, a temperature that is not
+        positive, flows of different coordinates to swap between.
     ArtifactError
         A flow cannot be read.
     """
@@ -117,9 +119,15 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
         self.step = None if step is None else check_step(step)
         self.schedule = None if schedule is None else [float(lam) for lam in check_schedule(schedule)]
         self.n_kernel_steps = int(n_kernel_steps)
-        chosen = set(range(len(states)) if flow_states is None else flow_states)
+        _require_run(states, simulation)
+        chosen = set(range(len(states)) if flow_states is None else _indices("flow_states", flow_states))
+        if state_flows is not None and not isinstance(state_flows, Mapping):
+            raise InputError(
+                f"state_flows must be a dict of states and their flows, such as {{3: 'hot.bg'}}, got {state_flows!r}."
+            )
         own_flows = dict(state_flows or {})
-        pairs = [tuple(pair) for pair in swaps]
+        _indices("state_flows", own_flows)
+        pairs = _pairs(swaps)
         for name, named in (
             ("flow_states", chosen),
             ("state_flows", set(own_flows)),
@@ -128,19 +136,19 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
             unknown = sorted(named - set(range(len(states))))
             if unknown:
                 raise InputError(f"{name} names state {unknown[0]}, there are states 0 to {len(states) - 1}.")
-        if any(len(pair) != 2 or pair[0] == pair[1] for pair in pairs):
-            raise InputError("Each entry of swaps must be a pair of two different states.")
         for state in states:
             if "temperature" in state:
                 thermal_energy(state["temperature"])
-        common = FlowProposals(flow if isinstance(flow, Flow) else load(flow), simulation.system, atom_subset)
+        common = FlowProposals(_read_flow("flow", flow), simulation.system, atom_subset)
         proposals = [common] * len(states)
         for index, own in own_flows.items():
-            proposals[index] = FlowProposals(
-                own if isinstance(own, Flow) else load(own), simulation.system, atom_subset
-            )
+            proposals[index] = FlowProposals(_read_flow("state_flows", own), simulation.system, atom_subset)
         require_molecule(simulation.context, common.particles)
         self._swaps = {(a, b): FlowSwap(proposals[a], proposals[b], swap_travels) for a, b in pairs}
+        try:
+            rng = np.random.default_rng(seed)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"The seed must be a whole number of at least 0, got {seed!r}.") from error
         super().__init__(states, simulation, stepsPerIteration, reinitializeVelocities)
         self.flow_states = frozenset(chosen)
         self.n_steps = int(n_steps)
@@ -149,7 +157,7 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
         self.swap_statistics = {pair: dict(_NO_STEPS) for pair in self._swaps}
         self.proposals = tuple(proposals)
         self.swap_travels = bool(swap_travels)
-        self._rng = np.random.default_rng(seed)
+        self._rng = rng
 
     def simulate(self, iterations: int) -> None:
         """MD, flow moves, learned swaps and exchanges, as in OpenMM's class.
@@ -163,11 +171,16 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
         ------
         InputError
             Replicas that a reporter has resumed from a run of another molecule or other states; a Context reinitialised
-            with other particles, constraints or masses. Nothing has been simulated then.
+            with other particles, constraints or masses; a reporter made for another sampler. Nothing has been simulated
+            then.
         EnergyError
             The energy of a conformation cannot be computed.
         """
         self._require_same_run()
+        for reporter in self.reporters:
+            # Those of this room know whose files they write; any other function may report on any sampler.
+            if hasattr(reporter, "require_own"):
+                reporter.require_own(self)
         super().simulate(iterations)
 
     def _require_same_run(self) -> None:
@@ -322,3 +335,50 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
         if value is None:
             value = self.simulation.integrator.getTemperature()
         return float(value.value_in_unit(unit.kelvin) if unit.is_quantity(value) else value)
+
+
+def _require_run(states: Any, simulation: Any) -> None:
+    """States and Simulation of the right types, the latter with positions, or `InputError`."""
+    if not isinstance(states, (list, tuple)) or not states or not all(isinstance(state, Mapping) for state in states):
+        raise InputError(
+            f"states must be a list of dicts, such as [{{'temperature': 300}}, {{'temperature': 400}}], got {states!r}."
+        )
+    if not isinstance(simulation, app.Simulation):
+        raise InputError(f"simulation must be an openmm.app.Simulation, got a {type(simulation).__name__}.")
+    try:
+        x = simulation.context.getState(positions=True).getPositions(asNumpy=True)._value
+    except openmm.OpenMMException as error:
+        raise InputError(f"The Simulation has no positions ({first_line(error)}): call setPositions first.") from error
+    if len(x) > 1 and not x.any():  # what a Context has before setPositions
+        raise InputError("The Simulation has no positions: call simulation.context.setPositions() first.")
+
+
+def _indices(name: str, value: Any) -> list[int]:
+    """Indices of states as they are, or `InputError`."""
+    try:
+        found = list(value)
+    except TypeError as error:
+        raise InputError(f"{name} must name states by their indices, such as [0, 1], got {value!r}.") from error
+    if any(isinstance(k, (bool, np.bool_)) or not isinstance(k, (int, np.integer)) for k in found):
+        raise InputError(f"{name} must name states by their indices, whole numbers from 0 on, got {value!r}.")
+    return found
+
+
+def _pairs(swaps: Any) -> list[tuple[int, int]]:
+    """Pairs of states, or `InputError`."""
+    try:
+        pairs = [tuple(_indices("swaps", pair)) for pair in swaps]
+    except (TypeError, InputError) as error:
+        raise InputError(f"swaps must be a list of pairs of states, such as [(1, 0)], got {swaps!r}.") from error
+    if any(len(pair) != 2 or pair[0] == pair[1] for pair in pairs):
+        raise InputError("Each entry of swaps must be a pair of two different states.")
+    return [(a, b) for a, b in pairs]
+
+
+def _read_flow(name: str, flow: Any) -> Flow:
+    """A `Flow`, or what the artifact at a path holds."""
+    if isinstance(flow, Flow):
+        return flow
+    if not isinstance(flow, (str, os.PathLike)):
+        raise InputError(f"{name} must be a Flow or the path of a saved one, got {flow!r}.")
+    return load(flow)

@@ -360,6 +360,9 @@ def test_bad_arguments(small, tmp_path):
         FlowForce(small.path, 300, parameter="")
     with pytest.raises(InputError, match="path"):
         FlowForce(small.flow, 300)
+    for no_path in (5, None):
+        with pytest.raises(InputError, match="takes the path of a saved flow"):
+            FlowForce(no_path, 300)
     with pytest.raises(InputError, match="backend 'Torch' of FlowForce: choose 'python' or 'torch'") as error:
         FlowForce(small.path, 300, backend="Torch")
     assert one_sentence(error)
@@ -403,6 +406,15 @@ def test_wrong_particles_and_free_lengths_are_told(small, frame):
     stretched[3] += 0.2 * (frame[3] - frame[2])
     with pytest.raises(openmm.OpenMMException, match="the constraints that the flow was trained with") as error:
         energy_of(context_of(system_of(small.system, FlowForce(small.path, TEMPERATURE)), stretched))
+    assert one_sentence(error)
+
+
+@pytest.mark.skipif(not hasattr(openmm.PythonForce, "setParticles"), reason="OpenMM < 8.6 has no setParticles")
+def test_particles_in_another_order_are_told(small, frame):
+    force = FlowForce(small.path, TEMPERATURE)
+    force.setParticles([4, 1, 2, 3, 0])
+    with pytest.raises(openmm.OpenMMException, match=r"setParticles\(\) the molecule's particles.* order") as error:
+        energy_of(context_of(system_of(small.system, force), frame))
     assert one_sentence(error)
 
 

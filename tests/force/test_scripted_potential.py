@@ -191,7 +191,7 @@ def test_mistakes_are_told_in_the_last_line(of_small, frame):
     stretched[3] += 0.2 * (frame[3] - frame[2])
     with pytest.raises(torch.jit.Error) as error:
         module(torch.tensor(stretched), ONE)
-    assert "the constraints that the flow was trained with" in last_line(error)
+    assert "the constraints that the flow was trained with, and its particles in the flow's order" in last_line(error)
     with torch.inference_mode(), pytest.raises(torch.jit.Error) as error:
         module(torch.tensor(frame), ONE)
     assert "leave torch.inference_mode()" in last_line(error)

@@ -15,6 +15,7 @@ import yaml
 
 from openmm_bg import proposals
 from openmm_bg.energy import BOLTZMANN
+from openmm_bg.errors import InputError
 from openmm_bg.free_energy import statistical_inefficiency
 from openmm_bg.mcmc import BoltzmannGeneratorMove, LatentFlowMove, NonequilibriumFlowMove, base
 from openmm_bg.simulate import torsion_angle
@@ -467,3 +468,17 @@ def test_acceptance_on_the_energy_alone_is_caught(dipeptide, artifact, weighted_
     monkeypatch.setattr(proposals.FlowProposals, "_log_q", lambda self, y: torch.zeros(len(y)).double())
     z = scores(dipeptide, artifact, weighted_reference, 300.0, 100, seed=7)
     assert abs(z["energy"]) > 5.0, z
+
+
+def test_arguments_of_other_types_are_named(dipeptide, artifact, contexts):
+    for atoms in (5, 22.0):
+        with pytest.raises(InputError, match="atom_subset must be a list"):
+            BoltzmannGeneratorMove(artifact, atom_subset=atoms)
+    move = BoltzmannGeneratorMove(artifact)
+    thermo, sampler = thermodynamic(dipeptide), at(dipeptide.positions)
+    for arguments in ((thermo, thermo), (sampler, thermo), (sampler, sampler), (dipeptide.system, sampler)):
+        with pytest.raises(InputError, match=r"apply\(\) takes a ThermodynamicState and a SamplerState, in this order"):
+            move.apply(*arguments, context_cache=contexts)
+    assert move.n_proposed == 0
+    move.apply(thermo, sampler, context_cache=contexts)
+    assert move.n_proposed == 1

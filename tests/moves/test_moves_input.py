@@ -216,3 +216,9 @@ def test_a_trajectory_that_explodes_is_rejected(make_context, make_sampler):
         assert work[0] == lost and np.isfinite(end).all()
     assert move.step(2)["n_accepted"] == 0
     np.testing.assert_array_equal(positions(context).reshape(1, -1), x)
+
+
+@pytest.mark.parametrize("seed", ["a", -1, 1.5])
+def test_annealing_wants_a_seed(make_context, make_sampler, seed):
+    with pytest.raises(InputError, match="seed must be a whole number"):
+        anneal(make_sampler(make_context()), 2, SCHEDULE, seed=seed)

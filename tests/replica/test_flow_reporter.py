@@ -1,12 +1,14 @@
 """What a sampler's options choose, what a failure leaves, and files that know which run they are of."""
 
 import copy
+import json
 import random
 
 import numpy as np
 import pytest
 
 from openmm_bg.energy import BOLTZMANN
+from openmm_bg.errors import InputError
 from openmm_bg.proposals import FlowProposals
 from openmm_bg.replica import FlowReplicaExchangeReporter, FlowReplicaExchangeSampler
 
@@ -202,3 +204,138 @@ def test_replicas_of_another_molecule_are_refused(dipeptide, build):
         sampler.simulate(1)
     assert sampler.currentIteration == 1
     assert all(a is b for a, b in zip(kept, sampler.replicaConformation, strict=True))
+
+
+def untouched(sampler):
+    same = all(c is sampler.replicaConformation[0] for c in sampler.replicaConformation)
+    counts = [counts["n_proposed"] for counts in sampler.flow_statistics]
+    return same and sampler.currentIteration == 0 and counts == [0, 0] and sampler.replicaStateIndex == [0, 1]
+
+
+@pytest.fixture
+def run(build, tmp_path):
+    """The folder of a run of one iteration."""
+    sampler, folder = build(), tmp_path / "run"
+    sampler.reporters.append(FlowReplicaExchangeReporter(folder, 1, sampler, checkpoints=True))
+    sampler.simulate(1)
+    return folder
+
+
+def test_a_reporter_serves_the_sampler_it_was_made_for(build, tmp_path):
+    first, second = build(), build(flow_states=[])
+    reporter = FlowReplicaExchangeReporter(tmp_path / "run", 1, first, checkpoints=True)
+    stored = contents(tmp_path / "run")
+    second.reporters.append(reporter)
+    with pytest.raises(InputError, match="another sampler"):
+        second.simulate(1)
+    assert untouched(second)  # before any MD
+    with pytest.raises(InputError, match="another sampler"):
+        reporter(second)
+    assert contents(tmp_path / "run") == stored
+    first.reporters.append(reporter)
+    first.simulate(1)
+    assert contents(tmp_path / "run") != stored
+    with pytest.raises(InputError, match="FlowReplicaExchangeSampler"):
+        FlowReplicaExchangeReporter(tmp_path / "new", 1, first.simulation)
+
+
+def test_a_folder_in_use_wants_resume(build, run):
+    stored = contents(run)
+    with pytest.raises(InputError, match="not empty: resume=True"):
+        FlowReplicaExchangeReporter(run, 1, build(), checkpoints=True)
+    assert contents(run) == stored
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("flow_moves.json", "flow_statistics"),
+        ("flow_moves.json", "swap_statistics"),
+        ("flow_moves.json", "states"),
+        ("flow_moves.json", "atom_subset"),
+        ("checkpoint_0.xml", "<State"),
+        ("checkpoint_1.xml", ""),
+        ("checkpoint_1.xml", openmm.XmlSerializer.serialize(openmm.System())),
+        ("log.csv", "Iteration,Step\n1,x"),
+        ("log.csv", "Iteration,Step,Replica_0_State,Replica_1_State\n1,2,0,0\n"),
+    ],
+)
+def test_damaged_files_are_named(build, run, name, damage):
+    if name.endswith("json"):
+        record = json.loads((run / name).read_text())
+        del record[damage]
+        damage = json.dumps(record)
+    (run / name).write_text(damage)
+    stored, other = contents(run), build()
+    with pytest.raises(InputError, match=f"{name} is damaged") as caught:
+        FlowReplicaExchangeReporter(run, 1, other, resume=True, checkpoints=True)
+    assert "\n" not in str(caught.value)
+    assert untouched(other) and contents(run) == stored
+
+
+def test_a_resume_that_fails_late_leaves_the_sampler(build, run, monkeypatch):
+    """OpenMM reads the run into the sampler before it opens the files that it goes on writing."""
+    other = build()
+
+    def fails(path, mode="r", *arguments, **options):
+        if "a" in mode:
+            raise PermissionError(path)
+        return open(path, mode, *arguments, **options)
+
+    monkeypatch.setattr(app.replicaexchangereporter, "open", fails, raising=False)
+    with pytest.raises(PermissionError):
+        FlowReplicaExchangeReporter(run, 1, other, resume=True, checkpoints=True)
+    assert untouched(other)
+
+
+def test_other_options_of_the_moves_are_noted(build, run, caplog):
+    FlowReplicaExchangeReporter(run, 1, build(), resume=True, checkpoints=True)
+    assert not caplog.records
+    FlowReplicaExchangeReporter(run, 1, build(step=0.2, swaps=[(1, 0)]), resume=True, checkpoints=True)
+    (note,) = caplog.messages
+    assert "step None is now 0.2" in note and "swaps [] is now [[1, 0]]" in note and "n_proposals" not in note
+    record = json.loads((run / "flow_moves.json").read_text())
+    del record["options"]  # as earlier versions wrote it
+    (run / "flow_moves.json").write_text(json.dumps(record))
+    caplog.clear()
+    FlowReplicaExchangeReporter(run, 1, build(step=0.2), resume=True, checkpoints=True)
+    assert not caplog.records
+
+
+# -------------------------------------------------------------------- arguments of other types
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"atom_subset": 22}, "atom_subset must be a list"),
+        ({"flow_states": 1}, "flow_states must name states"),
+        ({"flow_states": ["0"]}, "flow_states must name states"),
+        ({"swaps": (1, 0)}, r"swaps must be a list of pairs of states, such as \[\(1, 0\)\]"),
+        ({"swaps": 1}, "swaps must be a list of pairs"),
+        ({"state_flows": ["hot.bg"]}, "state_flows must be a dict"),
+        ({"state_flows": {"1": "hot.bg"}}, "state_flows must name states"),
+        ({"state_flows": {1: 3}}, "state_flows must be a Flow or the path"),
+        ({"flow": None}, "flow must be a Flow or the path"),
+        ({"flow": 3}, "flow must be a Flow or the path"),
+        ({"states": [300, 400]}, "states must be a list of dicts"),
+        ({"seed": "a"}, "seed must be a whole number"),
+    ],
+)
+def test_arguments_of_other_types_are_named(build, options, message):
+    with pytest.raises(InputError, match=message) as caught:
+        if "seed" in options:
+            sampler = build()
+            FlowReplicaExchangeSampler(LADDER, sampler.simulation, 2, flow=sampler.proposals[0].flow, **options)
+        else:
+            build(**options)
+    assert "\n" not in str(caught.value)
+
+
+def test_it_takes_a_simulation_with_positions(dipeptide, build):
+    with pytest.raises(InputError, match=r"openmm\.app\.Simulation, got a Context"):
+        FlowReplicaExchangeSampler(LADDER, build().simulation.context, 2, flow=dipeptide.flow)
+    integrator = openmm.LangevinMiddleIntegrator(300.0, 5.0, 0.001)
+    simulation = app.Simulation(dipeptide.topology, dipeptide.system, integrator, REFERENCE)
+    with pytest.raises(InputError, match="setPositions"):
+        FlowReplicaExchangeSampler(LADDER, simulation, 2, flow=dipeptide.flow)

@@ -34,3 +34,16 @@ def test_replica_exchange_moves(tmp_path):
         assert found is not None and 0 <= int(found[1]) <= int(found[2]) == 4
     found = re.search(r"states \(1, 0\): accepted (\d+) of (\d+) learned swaps", result.stdout)
     assert found is not None and 0 <= int(found[1]) <= int(found[2]) == 4
+
+
+def test_a_folder_in_use_is_no_traceback(tmp_path):
+    (tmp_path / "log.csv").write_text("")
+    for arguments in (["-o", str(tmp_path)], ["--resume"]):
+        result = subprocess.run(
+            [sys.executable, str(ROOT / "examples" / "replica_exchange_moves.py"), *arguments],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
+            capture_output=True,
+            encoding="utf-8",
+            timeout=300,
+        )
+        assert result.returncode == 2 and "--resume continues" in result.stderr and "Traceback" not in result.stderr
