@@ -6,6 +6,7 @@ The same samples of the flow get weights in both Systems, and what they share ca
 frames on the solvent's side alone. The reference knows no flow: MD at five strengths of the solvent, joined by MBAR.
 
 MD at 300 K stays where it starts, φ outside (0, 2) rad and both amides trans: all three estimates are of that state.
+z, at the end, is an estimate's deviation from the reference in standard errors of the two together.
 """
 
 import argparse

@@ -8,6 +8,7 @@ alone. The reference knows no flow: MD at five temperatures, joined by MBAR.
 
 MD of this length stays where it starts, φ outside (0, 2) rad and both amides trans, or leaves it for moments: all
 three estimates are of that state.
+z, at the end, is an estimate's deviation from the reference in standard errors of the two together.
 """
 
 import argparse

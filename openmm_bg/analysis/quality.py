@@ -68,14 +68,15 @@ def frame_log_weights(
     Raises
     ------
     InputError
-        A `reduced` flow without a completion: its density is not one of all coordinates.
+        A `reduced` flow without a completion: its density is not one of all coordinates. Positions that are not
+        [n, N, 3] of the molecule's atoms, not finite, or, going by the first frame, not in nm or not whole.
     """
     completed = getattr(density, "completion", None) is not None
     if not completed and not all(c.constrained or c.modelled for c in coordinates.coordinates):
         raise InputError(
             "A reduced flow without a completion has no forward weights: they need a density of every coordinate."
         )
-    x = torch.as_tensor(np.asarray(positions), dtype=torch.float64)
+    x = _frames(coordinates, positions)
     found, sector = np.full(len(x), np.inf), np.zeros(len(x), dtype=bool)
     for start in range(0, len(x), 2048):
         y, s = coordinates.to_internal(x[start : start + 2048])
@@ -88,6 +89,31 @@ def frame_log_weights(
                 log_q = density.joint_log_prob(y, s) if completed else density.log_prob(y)
                 found[rows] = (target.log_density(y, s) - log_q).numpy()
     return found, sector
+
+
+def _frames(coordinates: CoordinateMap, positions: ArrayLike) -> torch.Tensor:
+    """Positions [n, N, 3] in float64 that can be those of MD frames of the molecule."""
+    try:
+        array = np.array(positions, dtype=np.float64, order="C")  # a copy, for torch takes no views or read-only arrays
+    except (TypeError, ValueError) as failure:
+        raise InputError(
+            f"positions must be plain numbers [n, {coordinates.n_atoms}, 3] in nm, not {type(positions).__name__}."
+        ) from failure
+    if array.ndim != 3 or array.shape[1:] != (coordinates.n_atoms, 3) or len(array) == 0:
+        hint = " (of a single frame x, pass x[None])" if array.shape == (coordinates.n_atoms, 3) else ""
+        raise InputError(
+            f"positions must have shape [n, {coordinates.n_atoms}, 3], those of the flow's molecule, got "
+            f"{list(array.shape)}{hint}."
+        )
+    broken = np.flatnonzero(~np.isfinite(array).all(axis=(1, 2)))
+    if broken.size:
+        raise InputError(
+            f"{broken.size} frames hold positions that are not finite, first frame {broken[0]}: leave them out."
+        )
+    x = torch.from_numpy(array)
+    # A wrong unit shows in any frame; one is looked at, as `BoltzmannGeneratorSampler.stand` does.
+    coordinates.require_lengths(*coordinates.to_internal(x[:1]))
+    return x
 
 
 def forward_figures(log_w: ArrayLike, inside: ArrayLike) -> dict[str, float]:

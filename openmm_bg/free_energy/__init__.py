@@ -11,7 +11,15 @@ frame) mean anything. Where the coordinates restrict the target to a sector, Z i
 """
 
 from openmm_bg.free_energy.differences import at_temperature, common_difference, difference, reweight
-from openmm_bg.free_energy.estimates import MIN_EFFECTIVE, MIN_LINK, MIN_OVERLAP, FreeEnergy, bar, one_sided
+from openmm_bg.free_energy.estimates import (
+    MAX_CONTRADICTION,
+    MIN_EFFECTIVE,
+    MIN_LINK,
+    MIN_OVERLAP,
+    FreeEnergy,
+    bar,
+    one_sided,
+)
 from openmm_bg.free_energy.multistate import Multistate, mbar, mbar_with_flow
 from openmm_bg.free_energy.states import (
     chain_state_difference,
@@ -21,6 +29,7 @@ from openmm_bg.free_energy.states import (
 )
 
 __all__ = [
+    "MAX_CONTRADICTION",
     "MIN_EFFECTIVE",
     "MIN_LINK",
     "MIN_OVERLAP",

@@ -22,6 +22,7 @@ from openmm_bg.free_energy.estimates import (
     FreeEnergy,
     judge_weights,
     log_ratio,
+    numbers,
     one_sided,
     two_state_matrix,
 )
@@ -44,8 +45,10 @@ _CHUNK = 4096
 def difference(a: FreeEnergy | Ensemble, b: FreeEnergy | Ensemble) -> FreeEnergy:
     """F_b - F_a, kT: differences of -log Z between two states.
 
-    Meaningful between states of one molecule only: same atoms, masses, constraints and frame (formula J). At two
-    temperatures it is the difference of reduced free energies, -log Z_b + log Z_a.
+    Meaningful between states of one molecule only: same atoms, masses, constraints and frame (formula J). Ensembles of
+    common samples are checked for it; of independent ensembles and estimates nothing tells which masses and
+    constraints their weights had, and the caller must see to it. At two temperatures it is the difference of reduced
+    free energies, -log Z_b + log Z_a.
 
     Parameters
     ----------
@@ -63,13 +66,26 @@ def difference(a: FreeEnergy | Ensemble, b: FreeEnergy | Ensemble) -> FreeEnergy
     Raises
     ------
     InputError
-        If two ensembles carry different labels: an exact Z and that of a rigid manifold do not compare.
+        If a or b is neither a `FreeEnergy` nor an `Ensemble`; if two ensembles carry different labels (an exact Z and
+        that of a rigid manifold do not compare), have different numbers of atoms, or are common samples weighed with
+        other masses or constraints, where log J + Φ differ.
     """
+    for name, given in (("a", a), ("b", b)):
+        if not isinstance(given, FreeEnergy | Ensemble):
+            raise InputError(
+                f"{name} must be a FreeEnergy (of bar() or one_sided()) or an Ensemble, not {type(given).__name__}."
+            )
     if isinstance(a, Ensemble) and isinstance(b, Ensemble):
         if a.label != b.label:
             raise InputError(f"The ensembles are labelled {a.label!r} and {b.label!r}: compare ensembles of one kind.")
+        if a.positions.shape[1] != b.positions.shape[1]:
+            raise InputError(
+                f"The ensembles have {a.positions.shape[1]} and {b.positions.shape[1]} atoms: compare states of one "
+                "molecule."
+            )
         # Independent draws never agree in a density of float64, let alone in all of them.
         if np.array_equal(a.log_q, b.log_q, equal_nan=True):
+            _require_common_volume(a, b)
             return common_difference(a.log_weights, b.log_weights)
     first = one_sided(a.log_weights) if isinstance(a, Ensemble) else a
     second = one_sided(b.log_weights) if isinstance(b, Ensemble) else b
@@ -114,7 +130,8 @@ def common_difference(log_w_a: Any, log_w_b: Any) -> FreeEnergy:
     InputError
         If shapes disagree, a log-weight is NaN or +inf, or all weights of a state are zero.
     """
-    a, b = check_not_all_zero(log_w_a), check_not_all_zero(log_w_b)
+    a = check_not_all_zero(numbers("log_w_a", log_w_a))
+    b = check_not_all_zero(numbers("log_w_b", log_w_b))
     if a.size != b.size:
         raise InputError(f"Both states need a log-weight for every common sample, got {a.size} and {b.size}.")
     remedy = "draw more samples, or add MD frames with mbar_with_flow()"
@@ -155,13 +172,15 @@ def at_temperature(ensemble: Ensemble, sampled: Any, wanted: Any) -> Ensemble:
     ensemble
         Drawn for a target at ``sampled``.
     sampled, wanted
-        Temperature of the ensemble's weights and the other one, K or Quantity.
+        Temperature of the ensemble's weights and the other one, K or Quantity. ``sampled`` is believed: an ensemble
+        does not know its temperature, and a wrong one gives wrong weights without a word.
 
     Raises
     ------
     InputError
-        A temperature that is not positive.
+        A temperature that is not positive, or something that is not an `Ensemble`.
     """
+    _require_ensemble(ensemble)
     ratio = in_kelvin(sampled) / in_kelvin(wanted)
     return _with_potentials(ensemble, ensemble.reduced_potentials * ratio)
 
@@ -185,8 +204,14 @@ def reweight(ensemble: Ensemble, sampler: BoltzmannGeneratorSampler) -> Ensemble
     ------
     InputError
         Other masses or constraints: then log J + Φ differ, and -log Z of the two do not compare. Other atoms, and
-        Systems that `BoltzmannGeneratorSampler.sample` refuses.
+        Systems that `BoltzmannGeneratorSampler.sample` refuses. Arguments of other kinds.
     """
+    _require_ensemble(ensemble)
+    if not all(hasattr(sampler, name) for name in ("coordinates", "pool", "temperature")):
+        raise InputError(
+            f"sampler must be a BoltzmannGeneratorSampler of the other state, not {type(sampler).__name__}: its System "
+            "and temperature are what the samples are weighed in."
+        )
     if ensemble.positions.shape[1] != sampler.coordinates.n_atoms:
         raise InputError(
             f"The ensemble has {ensemble.positions.shape[1]} atoms and the sampler's molecule "
@@ -205,13 +230,37 @@ def reweight(ensemble: Ensemble, sampler: BoltzmannGeneratorSampler) -> Ensemble
     return _with_potentials(ensemble, u)
 
 
+def _require_ensemble(given: Any) -> None:
+    if not isinstance(given, Ensemble):
+        raise InputError(
+            f"ensemble must be an Ensemble, as BoltzmannGeneratorSampler.sample returns it, not {type(given).__name__}."
+        )
+
+
+def _log_volume_held(ensemble: Ensemble, rows: NDArray[np.intp]) -> tuple[FloatArray, FloatArray]:
+    """log J + Φ of rows as their weights hold it, and by how much rounding may have moved it."""
+    u = ensemble.reduced_potentials[rows]
+    # u of a clash swallows small numbers
+    return ensemble.log_weights[rows] + u + ensemble.log_q[rows], _SAME_VOLUME + 1e-9 * np.abs(u)
+
+
+def _require_common_volume(a: Ensemble, b: Ensemble) -> None:
+    """log J + Φ of common samples must be one and the same in both ensembles."""
+    rows = np.flatnonzero((a.log_weights > -np.inf) & (b.log_weights > -np.inf))
+    (here, slack_here), (there, slack_there) = _log_volume_held(a, rows), _log_volume_held(b, rows)
+    if not np.all(np.abs(here - there) <= slack_here + slack_there):
+        raise InputError(
+            "The two ensembles hold the same samples weighed with different masses, constraints or coordinates: free "
+            "energies compare between states that share them (formula J)."
+        )
+
+
 def _require_same_volume(ensemble: Ensemble, sampler: BoltzmannGeneratorSampler, rows: NDArray[np.intp]) -> None:
     """log J + Φ of rows, as their weights hold it, must be what it is in the other state."""
     with torch.no_grad():
         y, s = sampler.coordinates.to_internal(torch.from_numpy(ensemble.positions[rows]))
         here = sampler.coordinates.log_volume(y, s).numpy()
-    there = ensemble.log_weights[rows] + ensemble.reduced_potentials[rows] + ensemble.log_q[rows]
-    slack = _SAME_VOLUME + 1e-9 * np.abs(ensemble.reduced_potentials[rows])  # u of a clash swallows small numbers
+    there, slack = _log_volume_held(ensemble, rows)
     if not np.all(np.abs(here - there) <= slack):
         raise InputError(
             "The ensemble was weighed with other masses, constraints or coordinates than the sampler's: free energies "

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from openmm_bg.ensemble import Ensemble
 from openmm_bg.errors import InputError
 from openmm_bg.weights import effective_sample_size, khat_threshold, log_mean_weight, pareto_khat
 
-__all__ = ["MIN_EFFECTIVE", "MIN_LINK", "MIN_OVERLAP", "FreeEnergy", "bar", "one_sided"]
+__all__ = ["MAX_CONTRADICTION", "MIN_EFFECTIVE", "MIN_LINK", "MIN_OVERLAP", "FreeEnergy", "bar", "one_sided"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,13 @@ MIN_OVERLAP = 2 * MIN_LINK
 #: Fewest samples, in effect, that support an error bar: the number of uncorrelated samples below which, by default,
 #: alchemical-analysis (the code of the paper above) holds that decorrelating leaves too little to go by.
 MIN_EFFECTIVE = 50
+#: Flow samples and MD frames that differ from what their weights promise by more standard errors contradict each
+#: other. Right input gets there in less than one case of a million; a trajectory thinned too little comes near sooner.
+MAX_CONTRADICTION = 5.0
+# Log-weights that spread by less (kT) are equal: what is left is rounding, and of no matter for a free energy.
+_EQUAL = 1e-3
+# With fewer, `pareto_khat` fits no tail.
+_FEWEST_FOR_KHAT = 25
 # Stands for an infinite work value, where pymbar would form inf - inf: exp(-IMPOSSIBLE) is zero.
 IMPOSSIBLE = 1.0e5
 
@@ -62,7 +70,7 @@ class FreeEnergy:
         For BAR and MBAR: MD frames left out because q = 0 there.
     trustworthy : bool
         False where a warning has been logged: overlap below `MIN_OVERLAP`, fewer than `MIN_EFFECTIVE` samples in
-        effect, or k̂ not below `khat_threshold`.
+        effect, k̂ not below `khat_threshold`, or flow samples and MD frames that contradict each other.
     """
 
     delta_f: float
@@ -97,6 +105,27 @@ def import_pymbar() -> Any:
     return pymbar
 
 
+def numbers(name: str, values: Any) -> FloatArray:
+    """Log-weights as float64 of any shape, or one sentence that says what was given instead."""
+    if isinstance(values, Ensemble):
+        raise InputError(f"{name} must be log-weights, not an Ensemble: pass ensemble.log_weights.")
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as failure:
+        raise InputError(f"{name} must be an array of log-weights, not {type(values).__name__}.") from failure
+
+
+def describe_khat(khat: float, n: int) -> str:
+    """Say in what way k̂ of n weights is not below its threshold."""
+    if n < _FEWEST_FOR_KHAT:
+        return f"{n} weights are too few samples for k-hat"
+    if np.isinf(khat):
+        return f"no Pareto tail fits the {n} weights"
+    threshold = khat_threshold(n)
+    digits = next((d for d in range(2, 16) if f"{khat:.{d}f}" != f"{threshold:.{d}f}"), 2)
+    return f"Pareto k-hat {khat:.{digits}f} of {n} weights is not below {threshold:.{digits}f}"
+
+
 def judge_weights(what: str, remedy: str, *log_weights: FloatArray) -> tuple[float, float, bool]:
     """Worst k̂ and effective number of samples of sets of weights, and whether both suffice; warns if not."""
     khat = max(pareto_khat(log_w) for log_w in log_weights)
@@ -104,7 +133,7 @@ def judge_weights(what: str, remedy: str, *log_weights: FloatArray) -> tuple[flo
     effective = min(effective_sample_size(log_w) * log_w.size for log_w in log_weights)
     reasons = []
     if not khat < khat_threshold(n):
-        reasons.append(f"Pareto k-hat {khat:.2f} of {n} weights is not below {khat_threshold(n):.2f}")
+        reasons.append(describe_khat(khat, n))
     if effective < MIN_EFFECTIVE:
         reasons.append(f"{n} weights are worth {effective:.1f} samples, fewer than {MIN_EFFECTIVE}")
     if reasons:
@@ -128,16 +157,15 @@ def one_sided(log_weights: ArrayLike) -> FreeEnergy:
     Raises
     ------
     InputError
-        If all weights are zero, or one is NaN or +inf.
+        If all weights are zero, one is NaN or +inf, or an `Ensemble` is given in place of its ``log_weights``.
 
     References
     ----------
     Zwanzig, J. Chem. Phys. 22, 1420 (1954); bias: Zuckerman and Woolf, Phys. Rev. Lett. 89, 180602 (2002).
     """
-    log_z, error = log_mean_weight(log_weights)
-    khat, effective, sound = judge_weights(
-        "free energy", "draw more samples, or use bar() with MD frames", np.asarray(log_weights, dtype=np.float64)
-    )
+    array = numbers("log_weights", log_weights)
+    log_z, error = log_mean_weight(array)
+    khat, effective, sound = judge_weights("free energy", "draw more samples, or use bar() with MD frames", array)
     return FreeEnergy(
         -log_z, error, "one-sided", bias=0.5 * error**2, khat=khat, effective=effective, trustworthy=sound
     )
@@ -162,6 +190,9 @@ def bar(log_w_flow: ArrayLike, log_w_md: ArrayLike) -> FreeEnergy:
     Returns
     -------
     FreeEnergy
+        A warning is logged, and it is not `trustworthy`, where the two sets contradict each other (`contradiction`):
+        frames of another System or temperature than the weights, swapped arguments, frames that are not
+        decorrelated or have not reached equilibrium.
 
     Raises
     ------
@@ -172,8 +203,7 @@ def bar(log_w_flow: ArrayLike, log_w_md: ArrayLike) -> FreeEnergy:
     ----------
     Bennett, J. Comput. Phys. 22, 245 (1976), solved by pymbar; error as MBAR's for two states.
     """
-    flow = np.asarray(log_w_flow, dtype=np.float64)
-    md = np.asarray(log_w_md, dtype=np.float64)
+    flow, md = numbers("log_w_flow", log_w_flow), numbers("log_w_md", log_w_md)
     if flow.ndim != 1 or md.ndim != 1:
         raise InputError(f"log_w_flow and log_w_md must be one-dimensional, got shapes {flow.shape} and {md.shape}.")
     if np.any(np.isnan(flow) | (flow == np.inf)) or not np.any(flow > -np.inf):
@@ -186,26 +216,8 @@ def bar(log_w_flow: ArrayLike, log_w_md: ArrayLike) -> FreeEnergy:
         raise InputError("No MD frame lies where the flow has density: check that both describe the same states.")
     if outside:
         warn_outside(outside, outside + md.size)
-    # A common offset keeps every finite work value small beside IMPOSSIBLE.
-    offset = float(np.median(md))
-    work_flow = np.minimum(offset - flow, IMPOSSIBLE)
-    work_md = np.minimum(md - offset, IMPOSSIBLE)
-    pymbar = import_pymbar()
-    try:
-        # pymbar leaves numpy's error state changed. Its uncertainties underflow once one work value exceeds
-        # about 700 kT, as any steric clash among the flow's samples does: only the root is taken from it.
-        with quiet("pymbar"), np.errstate(all="ignore"):
-            shifted = float(
-                pymbar.bar(work_flow, work_md, compute_uncertainty=False, relative_tolerance=1e-10)["Delta_f"]
-            )
-    except (pymbar.utils.ConvergenceError, pymbar.utils.BoundsError) as failure:
-        raise InputError(
-            "BAR finds no free energy because flow samples and MD frames do not overlap: train the flow on."
-        ) from failure
-    # Probability that a sample belongs to the molecule, given that it came from one of the two pools.
-    log_ratio = np.log(md.size / flow.size)
-    p_flow = _logistic(log_ratio + shifted - work_flow)
-    p_md = _logistic(log_ratio + shifted + work_md)
+    delta_f, logit_flow, logit_md = bar_root(flow, md)
+    p_flow, p_md = _logistic(logit_flow), _logistic(logit_md)
     shared = float(np.sum(p_flow * (1 - p_flow)) + np.sum(p_md * (1 - p_md)))
     harmonic = 1 / flow.size + 1 / md.size
     # 1 minus the second eigenvalue of the overlap matrix, and eq. E9 of Shirts and Chodera, J. Chem. Phys.
@@ -228,14 +240,90 @@ def bar(log_w_flow: ArrayLike, log_w_md: ArrayLike) -> FreeEnergy:
             md.size,
             MIN_EFFECTIVE,
         )
+    enough = overlap >= MIN_OVERLAP and fewest >= MIN_EFFECTIVE
+    # Without overlap there is nothing to hold the two sets against each other, and the warnings above stand.
+    contradicted = enough and abs(contradiction(logit_flow, logit_md)) > MAX_CONTRADICTION
+    if contradicted:
+        warn_contradiction(contradiction(logit_flow, logit_md))
     return FreeEnergy(
-        shifted - offset,
+        delta_f,
         error,
         "BAR",
         overlap=overlap,
         overlap_matrix=two_state_matrix(shared / flow.size, shared / md.size),
         n_outside=outside,
-        trustworthy=overlap >= MIN_OVERLAP and fewest >= MIN_EFFECTIVE,
+        trustworthy=enough and not contradicted,
+    )
+
+
+def bar_root(flow: FloatArray, md: FloatArray) -> tuple[float, FloatArray, FloatArray]:
+    """-log Z by BAR, and for samples and frames the logit of having come from the molecule, given both pools.
+
+    Raises
+    ------
+    InputError
+        There is no root because nothing overlaps.
+    """
+    # A common offset keeps every finite work value small beside IMPOSSIBLE.
+    offset = float(np.median(md))
+    work_flow = np.minimum(offset - flow, IMPOSSIBLE)
+    work_md = np.minimum(md - offset, IMPOSSIBLE)
+    pymbar = import_pymbar()
+    try:
+        # pymbar leaves numpy's error state changed. Its uncertainties underflow once one work value exceeds
+        # about 700 kT, as any steric clash among the flow's samples does: only the root is taken from it.
+        with quiet("pymbar"), np.errstate(all="ignore"):
+            shifted = float(
+                pymbar.bar(work_flow, work_md, compute_uncertainty=False, relative_tolerance=1e-10)["Delta_f"]
+            )
+    except (pymbar.utils.ConvergenceError, pymbar.utils.BoundsError) as failure:
+        raise InputError(
+            "BAR finds no free energy because flow samples and MD frames do not overlap: train the flow on."
+        ) from failure
+    log_odds = np.log(md.size / flow.size) + shifted
+    return shifted - offset, log_odds - work_flow, log_odds + work_md
+
+
+def contradiction(logit_flow: FloatArray, logit_md: FloatArray) -> float:
+    """By how many standard errors flow samples and MD frames differ from what their weights promise.
+
+    BAR is a logistic regression for whether a configuration came from the flow or from MD, with log w as the only
+    variable and its slope held at one, as w = π/q demands: frames weighed in another System or at another temperature
+    have another slope, and swapped sets the slope minus one. This is the score of that slope over its standard error;
+    standard normal for right input (formula J).
+
+    Parameters
+    ----------
+    logit_flow, logit_md : ndarray, shapes [n], [m]
+        From `bar_root`.
+
+    References
+    ----------
+    BAR as logistic regression: Shirts, Bair, Hooker and Pande, Phys. Rev. Lett. 91, 140601 (2003); score test: Rao,
+    Proc. Cambridge Phil. Soc. 44, 50 (1948).
+    """
+    logit = np.concatenate([logit_flow, logit_md])
+    p = _logistic(logit)
+    residual = np.repeat([0.0, 1.0], [logit_flow.size, logit_md.size]) - p
+    information = p * (1 - p)
+    total = float(information.sum())
+    if total == 0:
+        return 0.0
+    centred = logit - float(information @ logit) / total  # the intercept, log Z, is fitted to the same samples
+    variance = float(information @ np.square(centred))
+    if variance <= total * _EQUAL**2:
+        return 0.0
+    return float(residual @ centred) / np.sqrt(variance)
+
+
+def warn_contradiction(z: float, which: str = "") -> None:
+    """Say that the two sets of a BAR estimate do not belong together."""
+    logger.warning(
+        "Flow samples and MD frames%s contradict each other by %.1f standard errors, so that this free energy cannot "
+        "be trusted: are the frames decorrelated and of the System and temperature of the weights, and the arguments "
+        "in order?",
+        which,
+        abs(z),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,11 +16,17 @@ from numpy.typing import ArrayLike, NDArray
 from openmm_bg.errors import InputError
 from openmm_bg.free_energy.estimates import (
     IMPOSSIBLE,
+    MAX_CONTRADICTION,
     MIN_EFFECTIVE,
     MIN_OVERLAP,
     FreeEnergy,
+    bar_root,
+    contradiction,
+    describe_khat,
     import_pymbar,
+    numbers,
     quiet,
+    warn_contradiction,
     warn_outside,
 )
 from openmm_bg.weights import khat_threshold, pareto_khat
@@ -54,7 +60,7 @@ class Multistate:
         samples has 0 if they all do, else -1.
     sound : ndarray of bool, shape [K]
         Whether at least `MIN_EFFECTIVE` samples in effect stand behind a state and, where it drew none itself, k̂ lies
-        below `khat_threshold`.
+        below `khat_threshold`; of `mbar_with_flow` also, that the state's frames do not contradict the flow's samples.
     n_outside : int
         MD frames left out because q = 0 there.
     """
@@ -203,11 +209,16 @@ def _warn(found: Multistate) -> None:
     if weak.size:
         logger.warning(
             "Free energies and errors of these states cannot be trusted, give them more samples: %s (at least %d in "
-            "effect are asked for, and where a state drew none itself a Pareto k-hat below %.2f).",
-            ", ".join(f"{k} (worth {found.effective[k]:.1f}, k-hat {found.khat[k]:.2f})" for k in weak),
+            "effect are asked for, and where a state drew none itself a Pareto k-hat below its threshold).",
+            ", ".join(f"{k} ({_weakness(found, int(k))})" for k in weak),
             MIN_EFFECTIVE,
-            khat_threshold(int(found.n_samples.sum())),
         )
+
+
+def _weakness(found: Multistate, k: int) -> str:
+    n, worth = int(found.n_samples.sum()), f"worth {found.effective[k]:.1f}"
+    judged = found.n_samples[k] == 0 and not found.khat[k] < khat_threshold(n)
+    return f"{worth}, {describe_khat(float(found.khat[k]), n)}" if judged else worth
 
 
 def mbar_with_flow(log_w_flow: ArrayLike, log_w_md: Sequence[ArrayLike | None]) -> Multistate:
@@ -225,14 +236,15 @@ def mbar_with_flow(log_w_flow: ArrayLike, log_w_md: Sequence[ArrayLike | None]) 
     -------
     Multistate
         Of K + 1 states: 0 is the flow, with Z = 1, so that ``between(0, k)`` is -log Z of the k-th state (counted from
-        1), as `bar` has it, and ``between(j, k)`` the difference of two.
+        1), as `bar` has it, and ``between(j, k)`` the difference of two. A warning is logged for a state whose frames
+        and flow samples contradict each other, as `bar` does; it is then not `sound`.
 
     Raises
     ------
     InputError
         As `mbar`; a wrong number of rows; no MD frame left of a state.
     """
-    flow = np.asarray(log_w_flow, dtype=np.float64)
+    flow = numbers("log_w_flow", log_w_flow)
     if flow.ndim != 2 or len(log_w_md) != len(flow):
         raise InputError(
             f"mbar_with_flow() needs log-weights [K, n] and MD frames (or None) for each of the K states, got shape "
@@ -245,7 +257,7 @@ def mbar_with_flow(log_w_flow: ArrayLike, log_w_md: Sequence[ArrayLike | None]) 
         if given is None:
             counts.append(0)
             continue
-        frames = np.asarray(given, dtype=np.float64)
+        frames = numbers(f"log_w_md of state {k}", given)
         if frames.ndim != 2 or len(frames) != len(flow):
             raise InputError(f"Frames of state {k} need log-weights [{len(flow)}, m], got shape {frames.shape}.")
         inside = ~np.any(frames == np.inf, axis=0)
@@ -258,4 +270,15 @@ def mbar_with_flow(log_w_flow: ArrayLike, log_w_md: Sequence[ArrayLike | None]) 
         warn_outside(outside, total)
     log_w = np.concatenate(blocks, axis=1)
     result = mbar(np.concatenate([np.zeros((1, log_w.shape[1])), -log_w]), counts)
-    return Multistate(**{**result.__dict__, "n_outside": outside})
+    result = replace(result, n_outside=outside)
+    first = flow.shape[1]
+    for k, m in enumerate(counts[1:], start=1):
+        if m < MIN_EFFECTIVE or result.overlap_matrix[0, k] + result.overlap_matrix[k, 0] < MIN_OVERLAP:
+            first += m
+            continue
+        z = contradiction(*bar_root(flow[k - 1], log_w[k - 1, first : first + m])[1:])
+        if abs(z) > MAX_CONTRADICTION:
+            warn_contradiction(z, f" of state {k}")
+            result.sound[k] = False
+        first += m
+    return result

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from openmm_bg.errors import InputError
-from openmm_bg.free_energy.estimates import MIN_EFFECTIVE, import_pymbar, log_ratio, quiet
+from openmm_bg.free_energy.estimates import MIN_EFFECTIVE, import_pymbar, log_ratio, numbers, quiet
 from openmm_bg.weights import effective_sample_size
 
 __all__ = ["chain_state_difference", "decorrelated", "state_difference", "statistical_inefficiency"]
@@ -34,6 +34,13 @@ def _influence(log_w: FloatArray, in_a: BoolArray, in_b: BoolArray) -> tuple[flo
             raise InputError(f"{name} must have one entry per sample {log_w.shape}, got shape {mask.shape}.")
         if not np.any(log_w[mask] > -np.inf):
             raise InputError(f"No sample of non-zero weight has {name} set: draw more samples or widen the state.")
+    if np.array_equal(in_a, in_b):
+        raise InputError("in_a and in_b are the same state: pass two states, as in_a and ~in_a.")
+    if np.any(in_a & in_b) and np.any(in_a & ~in_b) and np.any(in_b & ~in_a):
+        raise InputError(
+            f"in_a and in_b share {np.count_nonzero(in_a & in_b)} samples: states must be apart, or one lie within the "
+            "other."
+        )
     return log_ratio(np.where(in_a, log_w, -np.inf), np.where(in_b, log_w, -np.inf))
 
 
@@ -45,7 +52,8 @@ def state_difference(log_w: ArrayLike, in_a: ArrayLike, in_b: ArrayLike) -> tupl
     log_w : array_like, shape [n]
         Log-weights up to a common constant.
     in_a, in_b : array_like of bool, shape [n]
-        Which samples lie in each state; the states may overlap.
+        Which samples lie in each state. The states are apart, or one lies within the other: all samples as in_a give
+        minus the logarithm of the share of in_b.
 
     Returns
     -------
@@ -56,9 +64,10 @@ def state_difference(log_w: ArrayLike, in_a: ArrayLike, in_b: ArrayLike) -> tupl
     Raises
     ------
     InputError
-        If shapes disagree, a log-weight is NaN or +inf, or a state holds no sample of non-zero weight.
+        If shapes disagree, a log-weight is NaN or +inf, a state holds no sample of non-zero weight, or the states are
+        identical or overlap in part.
     """
-    array = np.asarray(log_w, dtype=np.float64)
+    array = numbers("log_w", log_w)
     if array.ndim != 1:
         raise InputError(f"log_w must be one-dimensional, got shape {array.shape}.")
     masks = np.asarray(in_a, dtype=np.bool_), np.asarray(in_b, dtype=np.bool_)
@@ -157,11 +166,15 @@ def chain_state_difference(
     b = np.asarray(in_b, dtype=np.bool_)
     if a.ndim != 1:
         raise InputError(f"in_a must be one-dimensional, got shape {a.shape}.")
-    array = np.zeros(a.size) if log_w is None else np.asarray(log_w, dtype=np.float64)
-    delta_f, d = _influence(array, a, b)
+    array = np.zeros(a.size) if log_w is None else numbers("log_w", log_w)
     label = np.zeros(a.size) if chains is None else np.asarray(chains)
-    if label.shape != a.shape:
-        raise InputError(f"chains must have one entry per frame {a.shape}, got shape {label.shape}.")
+    for name, given in (("in_b", b), ("log_w", array), ("chains", label)):
+        if given.shape != a.shape:
+            raise InputError(
+                f"{name} must have one entry for each of the {a.size} frames of in_a, got shape {given.shape}: pass "
+                "the whole chain, in order, for all of them."
+            )
+    delta_f, d = _influence(array, a, b)
     parts = [label == name for name in np.unique(label)]
     passages = 0
     for part in parts:

@@ -78,12 +78,33 @@ def test_frames_weigh_what_samples_weigh(dipeptide):
     with bg.BoltzmannGeneratorSampler(flow, context_of(dipeptide), 300.0, seed=2, platform="Reference") as sampler:
         ensemble = sampler.sample(200)
         frames = ensemble.positions.copy()
+        frames[np.isnan(frames).any(axis=(1, 2))] = dipeptide.positions  # of samples outside the domain
         frames[0] *= -1.0  # the other enantiomer
         log_w, sector = frame_log_weights(flow, sampler.coordinates, sampler.target, frames)
     finite = np.isfinite(ensemble.log_weights)
     finite[0] = False
     assert not sector[0] and log_w[0] == np.inf and sector[finite].all()
     np.testing.assert_allclose(log_w[finite], ensemble.log_weights[finite], atol=1e-6)
+
+
+def test_frames_that_cannot_be_weighed_are_refused(dipeptide):
+    good = np.stack([np.asarray(dipeptide.positions)] * 3)
+    holed = good.copy()
+    holed[1, 4, 2] = np.nan
+    wrong = [
+        (10.0 * good, "in nm"),
+        (good[:, :-1], r"shape \[n, 22, 3\].*got \[3, 21, 3\]"),
+        (good[0], r"pass x\[None\]"),
+        (good[:0], "shape"),
+        (holed, "first frame 1"),
+        ("frames", "plain numbers"),
+    ]
+    with bg.BoltzmannGeneratorSampler(dipeptide.flow, context_of(dipeptide), 300.0, platform="Reference") as sampler:
+        for frames, message in wrong:
+            with pytest.raises(InputError, match=message):
+                frame_log_weights(dipeptide.flow, sampler.coordinates, sampler.target, frames)
+        log_w, _ = frame_log_weights(dipeptide.flow, sampler.coordinates, sampler.target, good[::-1])
+    assert np.isfinite(log_w).all()
 
 
 def test_a_reduced_flow_has_no_forward_weights(dipeptide):

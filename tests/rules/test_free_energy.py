@@ -10,6 +10,7 @@ import pytest
 from openmm_bg import free_energy, weights
 from openmm_bg.ensemble import Ensemble
 from openmm_bg.errors import InputError
+from openmm_bg.free_energy.estimates import describe_khat
 
 INF = math.inf
 
@@ -129,6 +130,93 @@ def test_bar_refuses(flow, md, message):
         free_energy.bar(flow, md)
 
 
+def test_bar_warns_where_frames_and_samples_contradict_each_other(caplog):
+    """Overlap sees nothing wrong with frames of another System, temperature or with swapped arguments."""
+    flow, md = gaussian_works()
+    assert free_energy.bar(flow, md).trustworthy and not caplog.records
+    wrong = {"up": (flow, md + 1.0), "down": (flow, md - 1.0), "swapped": (md, flow)}
+    rng = np.random.default_rng(7)
+    wide, hot = 1.5 * rng.normal(size=(2_000, 4)), np.sqrt(4 / 3) * rng.normal(size=(1_500, 4))
+    # a flow of variance 2.25 for harmonic wells at 300 K, frames of 400 K
+    wrong["hotter"] = tuple(-0.5 * (1 - 1 / 2.25) * np.square(x).sum(axis=1) for x in (wide, hot))
+    for name, sets in wrong.items():
+        caplog.clear()
+        result = free_energy.bar(*sets)
+        assert result.overlap > 0.5, name
+        assert not result.trustworthy and "contradict each other" in caplog.text, name
+    caplog.clear()
+    # equal weights but for rounding are no contradiction, equal weights that are 0.1 kT apart are
+    assert free_energy.bar(np.zeros(500), np.full(500, 1e-4)).trustworthy and not caplog.records
+    assert not free_energy.bar(np.zeros(500), np.full(500, 0.1)).trustworthy
+
+
+def test_mbar_with_flow_warns_of_the_state_whose_frames_contradict(caplog):
+    flow, md = gaussian_works()
+    frames = np.stack([md, md])
+    good = free_energy.mbar_with_flow(np.stack([flow, flow]), [frames, None])
+    assert good.trustworthy and not caplog.records
+    found = free_energy.mbar_with_flow(np.stack([flow, flow]), [frames, frames + 1.0])
+    assert found.sound.tolist() == [True, True, False] and not found.between(0, 2).trustworthy
+    assert "MD frames of state 2 contradict" in caplog.text and "state 1" not in caplog.text
+
+
+def test_what_k_hat_says(caplog):
+    """Few samples have no k-hat to print, and one just above the threshold is not printed as equal to it."""
+    free_energy.one_sided(np.arange(5.0))
+    free_energy.one_sided(np.arange(24.0))
+    assert "5 weights are too few samples for k-hat" in caplog.text
+    assert "24 weights are too few" in caplog.text and "inf" not in caplog.text
+    assert describe_khat(0.7004, 5_000) == "Pareto k-hat 0.7004 of 5000 weights is not below 0.7000"
+    assert describe_khat(0.7, 5_000) == "Pareto k-hat 0.70 of 5000 weights is not below 0.70"
+    assert describe_khat(1.23, 5_000) == "Pareto k-hat 1.23 of 5000 weights is not below 0.70"
+    caplog.clear()
+    free_energy.mbar([[0.0] * 5, list(np.arange(5.0))], [5, 0])
+    assert "5 weights are too few" in caplog.text and "-inf" not in caplog.text
+
+
+def test_wrong_kinds_of_input_are_named():
+    sample = ensemble(np.zeros(60))
+    for given in (1.0, np.zeros(3), "abc"):
+        with pytest.raises(InputError, match="a must be a FreeEnergy"):
+            free_energy.difference(given, sample)
+        with pytest.raises(InputError, match="b must be a FreeEnergy"):
+            free_energy.difference(sample, given)
+        with pytest.raises(InputError, match="ensemble must be an Ensemble"):
+            free_energy.at_temperature(given, 300, 400)
+        with pytest.raises(InputError, match="ensemble must be an Ensemble"):
+            free_energy.reweight(given, sample)
+        with pytest.raises(InputError, match="sampler must be a BoltzmannGeneratorSampler"):
+            free_energy.reweight(sample, given)
+    log_w = sample.log_weights
+    for call in (
+        lambda: free_energy.one_sided(sample),
+        lambda: free_energy.bar(sample, log_w),
+        lambda: free_energy.bar(log_w, sample),
+        lambda: free_energy.common_difference(sample, log_w),
+        lambda: free_energy.mbar_with_flow(sample, [None]),
+        lambda: free_energy.state_difference(sample, log_w > 1, log_w < 1),
+    ):
+        with pytest.raises(InputError, match=r"pass ensemble\.log_weights"):
+            call()
+    with pytest.raises(InputError, match="array of log-weights, not str"):
+        free_energy.one_sided("abc")
+
+
+def test_a_difference_of_common_samples_with_other_masses_is_refused():
+    """What their weights hold beside u and log q is log J + Φ: Φ is another one with other masses."""
+    rng = np.random.default_rng(6)
+    u = 1e6 * rng.random(200)
+    a = ensemble(rng.normal(size=200), u=u)
+    same = replace(a, log_weights=a.log_weights + 0.25 * u, reduced_potentials=0.75 * u)
+    assert free_energy.difference(a, same).method == "common samples"
+    other = replace(a, log_weights=a.log_weights + 0.01 * rng.normal(size=200))
+    with pytest.raises(InputError, match="different masses, constraints"):
+        free_energy.difference(a, other)
+    more = Ensemble(np.zeros((200, 2, 3)), u, a.log_q, a.log_weights)
+    with pytest.raises(InputError, match="1 and 2 atoms"):
+        free_energy.difference(a, more)
+
+
 def test_difference():
     a = free_energy.FreeEnergy(1.0, 0.3, "BAR", overlap=0.5, n_outside=1)
     b = free_energy.FreeEnergy(3.0, 0.4, "BAR", overlap=0.2, n_outside=2)
@@ -149,7 +237,7 @@ def test_a_difference_of_the_same_samples_is_taken_sample_by_sample(caplog):
     rng = np.random.default_rng(3)
     log_w = rng.normal(size=4_000)
     a = ensemble(log_w)
-    b = replace(a, log_weights=log_w + 2.5)
+    b = replace(a, log_weights=log_w + 2.5, reduced_potentials=a.reduced_potentials - 2.5)
     result = free_energy.difference(a, b)
     assert result.method == "common samples"
     assert (result.delta_f, result.error, result.bias) == pytest.approx((-2.5, 0.0, 0.0), abs=1e-12)
@@ -384,7 +472,6 @@ def test_state_difference_by_hand():
     back, same = free_energy.state_difference(log_w, ~a, a)
     assert (back, same) == pytest.approx((-delta_f, error))
     everything = np.ones(4, dtype=bool)
-    assert free_energy.state_difference(log_w, everything, everything) == pytest.approx((0.0, 0.0))
     # of the share of one state in the whole: the ratio estimator of `expectation`, on a log scale
     _, error = free_energy.state_difference(log_w, everything, a)
     share, share_error = weights.expectation(a, log_w)
@@ -400,6 +487,9 @@ def test_state_difference_by_hand():
         ([0.0, math.nan], [True, False], [False, True], "NaN"),
         ([0.0, 0.0], [True], [False, True], "in_a"),
         ([[0.0]], [[True]], [[True]], "one-dimensional"),
+        ([0.0, 0.0], [True, False], [True, False], "the same state"),
+        ([0.0] * 3, [True, True, False], [False, True, True], "share 1 samples"),
+        ("abc", [True], [False], "array of log-weights, not str"),
     ],
 )
 def test_state_difference_refuses(log_w, a, b, message):
@@ -428,6 +518,15 @@ def test_chain_state_difference_counts_passages(caplog):
     assert not caplog.records
     with pytest.raises(InputError, match="in_a must be one-dimensional"):
         free_energy.chain_state_difference(blocks[None], ~blocks[None])
+
+
+@pytest.mark.parametrize("name", ["in_b", "log_w", "chains"])
+def test_chain_state_difference_names_what_has_another_length(name):
+    in_a = np.arange(300) % 3 == 0
+    given = {"in_b": ~in_a, "log_w": np.zeros(300), "chains": np.zeros(300)}
+    given[name] = given[name][:-1]
+    with pytest.raises(InputError, match=f"^{name} must have one entry for each of the 300 frames"):
+        free_energy.chain_state_difference(in_a, **given)
 
 
 def test_chain_weights_are_those_of_state_difference():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from openmm_bg import free_energy
+from openmm_bg.free_energy.estimates import bar_root, contradiction
 
 pytestmark = pytest.mark.statistical
 
@@ -132,7 +133,37 @@ def test_flow_with_frames_of_one_side(toy):
 
 @pytest.mark.parametrize("broken", ["jacobian", "fixman", "kT", "log_q", "frames of a"])
 def test_broken_flow_with_frames_of_one_side_is_caught(toy, broken):
-    check_one_side(toy, broken)[0].assert_wrong()
+    verdict, found = check_one_side(toy, broken)
+    verdict.assert_wrong()
+    # Without a reference: J and Φ of the toy hardly touch the slope on log w, everything else does.
+    if broken not in ("jacobian", "fixman"):
+        assert not found.sound[2]
+
+
+def scores(toy, shift=0.0, swapped=False, repeats=300, n=1_000, m=300):
+    """`contradiction` of repeated flow samples and frames of state "other"; log w of frames moved by a shift."""
+    log_w = weights(toy, "on", ("other",), repeats * n, 30).reshape(repeats, n)
+    frames = frames_of_other(toy, repeats * m, 31)
+    md = (log_pi(toy, "other", *frames, "on") - toy.ToyFlow().log_q(frames[:2].T)).reshape(repeats, m) + shift
+    # frames have no weight of zero, as `bar` makes sure
+    pairs = [(b, a[a > -np.inf]) if swapped else (a, b) for a, b in zip(log_w, md, strict=True)]
+    return np.array([contradiction(*bar_root(*pair)[1:]) for pair in pairs])
+
+
+def check_scores(toy, title, z):
+    verdict = toy.Verdict(title, z.size)
+    verdict.number("mean z", z.mean(), 1 / np.sqrt(z.size), 0.0)
+    verdict.number("variance of z", z.var(ddof=1), np.sqrt(2 / (z.size - 1)), 1.0)
+    return verdict.show()
+
+
+def test_the_score_of_right_input_is_standard_normal(toy):
+    """So that a warning at `MAX_CONTRADICTION` is never a false alarm; wrong input is seen."""
+    z = scores(toy)
+    check_scores(toy, "score of right input", z).assert_right()
+    assert np.abs(z).max() < free_energy.MAX_CONTRADICTION
+    check_scores(toy, "score with frames 0.2 kT off", scores(toy, 0.2)).assert_wrong()
+    check_scores(toy, "score with swapped arguments", scores(toy, swapped=True, repeats=50)).assert_wrong()
 
 
 def check_two_flows(toy, broken=None, n=300_000):

@@ -93,6 +93,10 @@ def test_other_masses_are_refused(molecule, ensemble):
             system.setParticleMass(i, 3.0)
     with sampler_of(molecule, system) as sampler, pytest.raises(InputError, match="masses, constraints"):
         free_energy.reweight(ensemble, sampler)
+    with sampler_of(molecule, system) as sampler:  # the same seed: the same samples, weighed with these masses
+        other = sampler.sample(N)
+    with pytest.raises(InputError, match="different masses, constraints"):
+        free_energy.difference(ensemble, other)
 
 
 def test_what_means_nothing_is_refused(molecule, ensemble):
