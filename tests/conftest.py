@@ -1,5 +1,7 @@
 """What the tests of several rooms start from and compare with: the shipped alanine dipeptide."""
 
+import copy
+import functools
 import os
 from pathlib import Path
 
@@ -29,6 +31,21 @@ def own_cache(tmp_path_factory):
         # whose list of fonts lies there too, and takes long to make
         patch.setenv("MPLCONFIGDIR", os.environ.get("MPLCONFIGDIR") or str(usual / "matplotlib"))
         yield
+
+
+@pytest.fixture(autouse=True)
+def molecule_stays_as_shipped(request):
+    """A test that changes the System which all share would decide what later ones find."""
+    yield
+    if "dipeptide" in request.fixturenames:
+        molecule = request.getfixturevalue("dipeptide")
+        if hasattr(molecule, "flow"):  # rooms have other dipeptides too
+            assert openmm.XmlSerializer.serialize(molecule.system) == shipped_system(), "the shared System was changed"
+
+
+@functools.cache
+def shipped_system() -> str:
+    return openmm.XmlSerializer.serialize(bg.load_alanine_dipeptide().system)
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +88,9 @@ def make_context(dipeptide):
             integrator = openmm.LangevinMiddleIntegrator(temperature, 1.0, 0.002)
             integrator.setRandomNumberSeed(5)
         context = openmm.Context(
-            dipeptide.system if system is None else system, integrator, openmm.Platform.getPlatformByName(platform)
+            copy.deepcopy(dipeptide.system) if system is None else system,
+            integrator,
+            openmm.Platform.getPlatformByName(platform),
         )
         context.setPositions(dipeptide.positions if positions is None else positions)
         context.setVelocitiesToTemperature(300.0, 3)
