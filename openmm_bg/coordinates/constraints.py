@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,37 +77,36 @@ def read_constraints(system: Any, topology: Any) -> Constraints:
     return Constraints(bonds=bonds, lengths=lengths, masses=masses)
 
 
-def _determinant(theta: Tensor, phi: Tensor, heavy: Tensor, light: Tensor) -> Tensor:
-    """det Z [B, G] of blocks of M constraints at one atom; θ, φ [B, G, M], 1/m_X [G], 1/m_k [G, M].
+def _log_determinant(scaled: Tensor, size: int) -> Tensor:
+    """log det R [B, G] of symmetric M × M matrices with ones on their diagonals.
 
     Written out for two and three hydrogens, where a batched factorisation costs ten times as much.
+
+    Parameters
+    ----------
+    scaled
+        [B, G, M (M - 1) / 2] the elements above the diagonal, row by row.
+    size
+        M.
     """
-    m = theta.shape[-1]
-    ct, st = theta.cos(), theta.sin()
-
-    def off_diagonal(k: int, other: int) -> Tensor:
-        turn = (phi[..., k] - phi[..., other]).cos()
-        return heavy * (ct[..., k] * ct[..., other] + st[..., k] * st[..., other] * turn)
-
-    diagonal = (light + heavy[:, None]).unbind(-1)
-    if m == 2:
-        return diagonal[0] * diagonal[1] - off_diagonal(0, 1).square()
-    if m == 3:
-        a, b, c = off_diagonal(1, 2), off_diagonal(0, 2), off_diagonal(0, 1)
-        squares = diagonal[0] * a.square() + diagonal[1] * b.square() + diagonal[2] * c.square()
-        return diagonal[0] * diagonal[1] * diagonal[2] + 2 * a * b * c - squares
-    rows = [
-        [diagonal[k].expand_as(ct[..., k]) if k == other else off_diagonal(k, other) for other in range(m)]
-        for k in range(m)
-    ]
-    return torch.linalg.det(torch.stack([torch.stack(row, -1) for row in rows], -2))
+    if size == 2:
+        return torch.log1p(-scaled.square().squeeze(-1))
+    if size == 3:
+        a, b, c = scaled.unbind(-1)
+        return torch.log1p(2 * a * b * c - scaled.square().sum(-1))
+    matrix = torch.eye(size, dtype=scaled.dtype, device=scaled.device).repeat(*scaled.shape[:-1], 1, 1)
+    row, column = torch.triu_indices(size, size, 1, device=scaled.device)
+    matrix[..., row, column] = scaled
+    matrix[..., column, row] = scaled
+    return torch.linalg.det(matrix).log()
 
 
 class FixmanTerm(nn.Module):
     """Φ = ½ log det Z [B], block by block: one block for each heavy atom and its constrained hydrogens.
 
     ``Z_kk = 1/m_X + 1/m_k`` and ``Z_kl = cos(k-X-l)/m_X`` with the angle from the hydrogens' own angles θ and
-    dihedrals φ, which share one axis by the Z-matrix rule.
+    dihedrals φ, which share one axis by the Z-matrix rule. With R_kl = Z_kl / √(Z_kk Z_ll), log det Z is log det R and
+    a constant, Σ log Z_kk.
 
     Parameters
     ----------
@@ -113,30 +114,46 @@ class FixmanTerm(nn.Module):
         For each heavy atom with constrained hydrogens: (rows of the hydrogens, their masses, the heavy atom's mass).
     """
 
+    _constant: Tensor
+
     def __init__(self, blocks: Sequence[tuple[list[int], list[float], float]]) -> None:
         super().__init__()
-        by_size: dict[int, list[tuple[list[int], list[float], float]]] = {}
-        for block in blocks:
-            by_size.setdefault(len(block[0]), []).append(block)
-        self._sizes = sorted(by_size)
+        constant = 0.0
+        # by number of hydrogens: for every pair of them two rows, and R_kl over the cosine
+        pairs: dict[int, list[tuple[int, int, float]]] = {}
+        for rows, masses, heavy in blocks:
+            diagonal = [1.0 / heavy + 1.0 / mass for mass in masses]
+            constant += 0.5 * sum(math.log(value) for value in diagonal)
+            for k, other in itertools.combinations(range(len(rows)), 2):
+                share = 1.0 / (heavy * math.sqrt(diagonal[k] * diagonal[other]))
+                pairs.setdefault(len(rows), []).append((rows[k], rows[other], share))
+        self.register_buffer("_constant", torch.tensor(constant, dtype=torch.float64), persistent=False)
+        self._sizes = sorted(pairs)
         for size in self._sizes:
-            group = by_size[size]
-            self.register_buffer(f"_rows{size}", torch.tensor([b[0] for b in group]), persistent=False)
-            heavy = torch.tensor([b[2] for b in group], dtype=torch.float64)
-            light = torch.tensor([b[1] for b in group], dtype=torch.float64)
-            self.register_buffer(f"_heavy{size}", heavy, persistent=False)
-            self.register_buffer(f"_light{size}", 1.0 / light, persistent=False)
+            first, second, shares = zip(*pairs[size], strict=True)
+            self.register_buffer(f"_first{size}", torch.tensor(first), persistent=False)
+            self.register_buffer(f"_second{size}", torch.tensor(second), persistent=False)
+            self.register_buffer(f"_shares{size}", torch.tensor(shares, dtype=torch.float64), persistent=False)
 
     def forward(self, theta: Tensor, phi: Tensor) -> Tensor:
         """Φ [B] from angles and dihedrals [B, K] of all Z-matrix rows."""
-        total = theta.new_zeros(len(theta))
+        total = self._constant.to(theta.dtype).expand(len(theta))
+        for found in self.log_determinants(theta, phi):
+            total = total + 0.5 * found.sum(-1)
+        return total
+
+    def log_determinants(self, theta: Tensor, phi: Tensor) -> list[Tensor]:
+        """log det R [B, G] of the blocks of two hydrogens, of those of three, and so on, as far as there are any."""
+        if not self._sizes:
+            return []
+        cosine, sine = theta.cos(), theta.sin()
+        found = []
         for size in self._sizes:
-            rows = getattr(self, f"_rows{size}")
-            heavy = getattr(self, f"_heavy{size}").to(theta.dtype)
-            inverse = getattr(self, f"_light{size}").to(theta.dtype)
-            if size == 1:
-                total = total + (1.0 / heavy + inverse[:, 0]).log().sum()
-                continue
-            determinant = _determinant(theta[:, rows], phi[:, rows], 1.0 / heavy, inverse)
-            total = total + determinant.log().sum(-1)
-        return 0.5 * total
+            first, second = getattr(self, f"_first{size}"), getattr(self, f"_second{size}")
+            turn = (phi.index_select(1, first) - phi.index_select(1, second)).cos()
+            between = cosine.index_select(1, first) * cosine.index_select(1, second)
+            between = between + sine.index_select(1, first) * sine.index_select(1, second) * turn
+            scaled = between * getattr(self, f"_shares{size}").to(theta.dtype)
+            n_pairs = size * (size - 1) // 2
+            found.append(_log_determinant(scaled.view(len(theta), len(first) // n_pairs, n_pairs), size))
+        return found

@@ -1,8 +1,8 @@
-"""Frames along the tree of a small molecule, in as few calls as possible.
+"""Internal coordinates and frames along the tree of a small molecule, in as few calls as possible.
 
 A batch of a dipeptide takes torch less time to compute than to be told what to compute. Here sums along the tree are
 one product with a matrix of zeros and ones instead of rounds, and all arithmetic is real. It costs more operations than
-`openmm_bg.coordinates.frames`, whose notation it shares, and would be slower for large molecules.
+`openmm_bg.coordinates.frames` and `transform`, whose notation it shares, and would be slower for large molecules.
 """
 
 from __future__ import annotations
@@ -21,6 +21,28 @@ COMPONENTS = [0, 1, 2, 3, 1, 0, 3, 2, 2, 3, 0, 1, 3, 2, 1, 0]
 SIGNS = [1, 1, 1, 1, -1, 1, -1, 1, -1, 1, 1, -1, -1, -1, 1, 1]
 #: The first two seed atoms: half a turn about y, so that the bond points away from atom 1, and none.
 SEED_FRAMES = [[0, 0, 0, -1], [1, 0, 0, 0]]
+
+
+def measure(ends: Tensor, starts: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """r, θ and φ [M, B] of M chains a-b-c-d of atoms, from positions [B, N, 3].
+
+    Parameters
+    ----------
+    ends, starts
+        [3 M] atoms: vectors from b to a, from b to c and from c to d.
+    """
+    batch, n = positions.shape[:2]
+    atoms = positions.reshape(batch, 3 * n).t().contiguous().view(n, 3, batch)
+    vectors = (atoms.index_select(0, ends) - atoms.index_select(0, starts)).view(3, -1, 3, batch)
+    u, w, _ = vectors.unbind(0)
+    planes = torch.linalg.cross(vectors[::2], w.expand(2, *w.shape), dim=2)
+    plane, other = planes.unbind(0)
+    sine = torch.linalg.cross(plane, other, dim=1)
+    left = torch.stack((u, plane, u, sine, w, plane))
+    right = torch.stack((u, plane, w, w, w, other))
+    uu, plane_square, uw, along, ww, cosine = (left * right).sum(2).unbind(0)
+    theta = torch.atan2(plane_square.sqrt(), uw)
+    return uu.sqrt(), theta, torch.atan2(along / ww.clamp(min=1e-30).sqrt(), cosine)
 
 
 def factors(n: int) -> list[int]:
@@ -77,9 +99,7 @@ def place(tree: Any, internal: Tensor) -> tuple[list[Tensor], Tensor]:
     products = products.view(n - 2, 4, 4, batch)
     columns = frames.unsqueeze(2)
     for start, stop, sources in tree.rounds():
-        p0, p1, p2, p3 = products[start - 2 : stop - 2].unbind(1)
-        a0, a1, a2, a3 = columns.index_select(0, sources).unbind(1)
-        torch.mul(a0, p0, out=frames[start:stop]).addcmul_(a1, p1).addcmul_(a2, p2).addcmul_(a3, p3)
+        torch.sum(columns.index_select(0, sources) * products[start - 2 : stop - 2], 1, out=frames[start:stop])
     axis = bond_axis(frames)
     bonds = half.new_empty((n, 3, batch))
     bonds[0].zero_()

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from openmm_bg.coordinates.constraints import Constraints, FixmanTerm
@@ -106,10 +107,12 @@ class CoordinateMap(nn.Module):
     reference_fixed: Tensor
     _modelled: Tensor
     _fixed: Tensor
-    _unsplit: Tensor
     _siblings: Tensor
     _carriers: Tensor
     _triples: Tensor
+    _lengths_and_angles: Tensor
+    _dihedral_sources: Tensor
+    _dihedral_weights: Tensor
     _wrap_centre: Tensor
     _lower: Tensor
     _upper: Tensor
@@ -146,13 +149,16 @@ class CoordinateMap(nn.Module):
 
         buffer("_modelled", [columns[i] for i in modelled])
         buffer("_fixed", [columns[i] for i in fixed])
-        # of (y, s), to gather the raw vector from it
-        buffer("_unsplit", np.argsort([columns[i] for i in modelled + fixed]))
-        carriers = [c if c >= 0 else r for r, c in enumerate(zmatrix.carrier)]
         siblings = [r for r, c in enumerate(zmatrix.carrier) if c not in (r, -1)]
         buffer("_siblings", siblings)
-        buffer("_carriers", [carriers[r] for r in siblings])
-        buffer("_triples", np.array(zmatrix.triple, dtype=int).reshape(-1, 3))
+        buffer("_carriers", [zmatrix.carrier[r] for r in siblings])
+        buffer("_triples", np.array(zmatrix.triple, dtype=int).reshape(-1, 3).T)
+        # Columns of (y, s) to gather from: one for each length and angle, some with weights for each dihedral.
+        unsplit = np.argsort([columns[i] for i in modelled + fixed])
+        sources, weights = _dihedral_sums(zmatrix)
+        buffer("_lengths_and_angles", unsplit[: 3 + 2 * rows])
+        buffer("_dihedral_sources", unsplit[3 + 2 * rows :][sources].reshape(-1))
+        buffer("_dihedral_weights", weights, torch.float64)
         # Raw angles wrap about the centre of their sector, so that none jumps; circular ones about zero.
         wrap_centre = np.zeros(3 + 3 * rows)
         wrap_centre[columns] = statistics.sector
@@ -297,16 +303,23 @@ class CoordinateMap(nn.Module):
 
     def to_internal(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Positions [B, N, 3] (nm) to y [B, D] and s [B, S]; dtype kept."""
+        return self._split(*self.internal.to_internal(positions))
+
+    def to_internal_and_log_volume(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `to_internal`, and log J + Φ [B], which is cheap while all angles are at hand."""
         seed, r, theta, phi = self.internal.to_internal(positions)
+        return *self._split(seed, r, theta, phi), log_jacobian(seed, r, theta) + self.fixman(theta, phi)
+
+    def _split(self, seed: Tensor, r: Tensor, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
+        """y [B, D] and s [B, S] of raw internal coordinates, φ without offsets."""
         if len(self._siblings):
-            difference = phi[:, self._siblings] - phi[:, self._carriers]
+            difference = phi.index_select(1, self._siblings) - phi.index_select(1, self._carriers)
             phi = phi.index_copy(1, self._siblings, difference)
         centre = self._wrap_centre.to(phi.dtype)
         phi = wrap(phi - centre) + centre
-        if len(self._triples):
-            first, second, third = self._triples.unbind(-1)
-            turned = wrap(phi[:, first] + (phi[:, second] + phi[:, third]) / 3)
-            phi = phi.index_copy(1, first, turned)
+        if self._triples.numel():
+            first, second, third = (phi.index_select(1, column) for column in self._triples)
+            phi = phi.index_copy(1, self._triples[0], wrap(first + (second + third) / 3))
         raw = torch.cat((seed, r, theta, phi), dim=-1)
         return raw.index_select(1, self._modelled), raw.index_select(1, self._fixed)
 
@@ -351,14 +364,11 @@ class CoordinateMap(nn.Module):
 
     def _raw(self, y: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Seed [B, 3], r, θ, φ [B, K] of every row, φ without offsets."""
-        raw = torch.cat((y, s.to(y).expand(len(y), self.n_fixed)), dim=-1).index_select(1, self._unsplit)
+        both = torch.cat((y, s.to(y).expand(len(y), self.n_fixed)), dim=-1)
         rows = len(self.zmatrix.rows)
-        seed, r, theta, phi = raw.split((3, rows, rows, rows), dim=-1)
-        if len(self._triples):
-            first, second, third = self._triples.unbind(-1)
-            phi = phi.index_copy(1, first, phi[:, first] - (phi[:, second] + phi[:, third]) / 3)
-        if len(self._siblings):
-            phi = phi.index_copy(1, self._siblings, phi[:, self._siblings] + phi[:, self._carriers])
+        seed, r, theta = both.index_select(1, self._lengths_and_angles).split((3, rows, rows), dim=-1)
+        weights = self._dihedral_weights.to(both.dtype)
+        phi = (both.index_select(1, self._dihedral_sources).view(len(both), *weights.shape) * weights).sum(1)
         return seed, r, theta, phi
 
     def to_positions(self, y: Tensor, s: Tensor) -> Tensor:
@@ -418,6 +428,27 @@ class CoordinateMap(nn.Module):
             Constraints([(b[0], b[1]) for b in constraints["bonds"]], constraints["lengths"], constraints["masses"]),
             data["representation"],
         )
+
+
+def _dihedral_sums(zmatrix: ZMatrix) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Each row's dihedral φ as a sum over the dihedral coordinates of rows: those rows [P, K] and their weights [P, K].
+
+    A sibling adds its carrier's, which, in a methyl group, is t = t' - (δ1 + δ2)/3.
+    """
+    sums = [{row: 1.0} for row in range(len(zmatrix.rows))]
+    for first, second, third in zmatrix.triple:
+        sums[first] |= {second: -1 / 3, third: -1 / 3}
+    carried = [dict(found) for found in sums]
+    for row, carrier in enumerate(zmatrix.carrier):
+        if carrier not in (row, -1):
+            for source, weight in sums[carrier].items():
+                carried[row][source] = carried[row].get(source, 0.0) + weight
+    n = max((len(found) for found in carried), default=1)
+    sources = np.tile(np.arange(len(carried)), (n, 1))
+    weights = np.zeros((n, len(carried)))
+    for row, found in enumerate(carried):
+        sources[: len(found), row], weights[: len(found), row] = list(found), list(found.values())
+    return sources, weights
 
 
 def _bounds(coordinate: Coordinate, sector: float) -> tuple[float, float]:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from openmm_bg.coordinates.dense import measure
 from openmm_bg.coordinates.frames import FrameTree
 from openmm_bg.coordinates.zmatrix import ZMatrix
 from openmm_bg.errors import InputError
@@ -14,6 +15,8 @@ from openmm_bg.errors import InputError
 #: Positions are read in pieces of so many atoms on a CPU. The thirty temporaries of a larger piece outgrow what the
 #: allocator keeps, and mapping their memory anew each time costs three times the arithmetic.
 CPU_ATOMS = 65_536
+#: Atoms in a batch up to which fewer calls are worth more operations.
+DENSE_ATOMS = 1_500
 
 
 def wrap(angle: Tensor) -> Tensor:
@@ -69,6 +72,8 @@ class InternalCoordinates(nn.Module):
     """
 
     _rows: Tensor
+    _ends: Tensor
+    _starts: Tensor
 
     def __init__(self, zmatrix: ZMatrix) -> None:
         super().__init__()
@@ -81,10 +86,18 @@ class InternalCoordinates(nn.Module):
             above[atom] = (parent, grandparent)
         rows = torch.tensor(zmatrix.rows, dtype=torch.long).reshape(-1, 4)
         self.register_buffer("_rows", rows.T.contiguous(), persistent=False)
+        # for `measure`; the seed's two bonds and its angle are those of two more rows
+        a, b, c, d = torch.tensor([(middle, first, last, middle), (last, middle, first, last), *zmatrix.rows]).T
+        self.register_buffer("_ends", torch.cat((a, c, d)), persistent=False)
+        self.register_buffer("_starts", torch.cat((b, b, c)), persistent=False)
         self._tree = FrameTree(zmatrix)
 
     def to_internal(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Positions [B, N, 3] (nm) to seed [B, 3] = (r_1, r_2, θ_2), r [B, K] (nm), θ [B, K], φ [B, K] (rad)."""
+        if len(positions) * self.zmatrix.n_atoms <= DENSE_ATOMS:
+            r, theta, phi = (values.t() for values in measure(self._ends, self._starts, positions))
+            seed = torch.cat((r[:, :2], theta[:, 1:2]), dim=1)
+            return seed, r[:, 2:].contiguous(), theta[:, 2:].contiguous(), phi[:, 2:].contiguous()
         piece = max(1, CPU_ATOMS // self.zmatrix.n_atoms)
         if positions.device.type != "cpu" or len(positions) <= piece:
             seed, r, theta, phi = self._to_internal(positions)
@@ -119,8 +132,8 @@ class InternalCoordinates(nn.Module):
 
 def log_jacobian(seed: Tensor, r: Tensor, theta: Tensor) -> Tensor:
     """log J [B] of docs/theory.md: 2 log r_1 + 2 log r_2 + log sin θ_2 + Σ (2 log r_i + log sin θ_i)."""
-    total = 2 * seed[:, 0].log() + 2 * seed[:, 1].log() + seed[:, 2].sin().log()
-    return total + (2 * r.log() + theta.sin().log()).sum(-1)
+    first, last, angle = seed.unbind(-1)
+    return (r.square() * theta.sin()).log().sum(-1) + ((first * last).square() * angle.sin()).log()
 
 
 def place_like(positions: Tensor, reference: Tensor, seed: tuple[int, int, int]) -> Tensor:

@@ -201,6 +201,7 @@ def test_pieces_of_a_large_batch(molecule, monkeypatch):
     """What is read in pieces is what is read at once, gradients included."""
     mol = molecule("dipeptide")
     internal = InternalCoordinates(build_zmatrix(mol.topology))
+    monkeypatch.setattr("openmm_bg.coordinates.transform.DENSE_ATOMS", 0)
 
     def read():
         x = mol.x[:10].clone().requires_grad_()
@@ -217,6 +218,27 @@ def test_pieces_of_a_large_batch(molecule, monkeypatch):
     for a, b in zip(read(), at_once, strict=True):
         assert torch.allclose(a, b, atol=1e-14)
     assert calls == [3, 3, 3, 1]
+
+
+@pytest.mark.parametrize("name", ["water", "ethylamine", "dipeptide"])
+def test_few_calls_give_what_many_give(molecule, monkeypatch, name):
+    """What reads small batches and what reads large ones, gradients by single coordinates included."""
+    mol = molecule(name)
+    internal = InternalCoordinates(build_zmatrix(mol.topology))
+    torch.manual_seed(4)
+    towards = [torch.randn(n, dtype=torch.float64) for n in (3, *3 * [mol.x.shape[1] - 3])]
+
+    def read(limit):
+        monkeypatch.setattr("openmm_bg.coordinates.transform.DENSE_ATOMS", limit)
+        x = mol.x[:10].clone().requires_grad_()
+        q = internal.to_internal(x)
+        return *q, torch.autograd.grad(sum((part * along).sum() for part, along in zip(q, towards, strict=True)), x)[0]
+
+    many, few = read(0), read(10 * mol.x.shape[1])
+    rounding = 1e3 * torch.finfo(torch.float64).eps  # both are sums of a dozen terms; angles here are far from straight
+    for a, b in zip(many, few, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert ((a - b).abs() <= rounding * b.abs().clamp(min=1.0)).all()
 
 
 @pytest.mark.parametrize("batch", [0, 1, 10])

@@ -88,7 +88,7 @@ def test_gradients_by_y_and_by_s(molecule, name):
     mol = molecule(name)
     m = mol.map("reduced", mol.constrained())
     y, s = m.to_internal(mol.x[:2])
-    assert len(m._triples) and len(m._siblings) and m.n_fixed > len(m.constraints.bonds)
+    assert m._triples.numel() and len(m._siblings) and m.n_fixed > len(m.constraints.bonds)
     y, s = y.requires_grad_(), s[:1].requires_grad_()
     towards = torch.randn(2, m.n_atoms, 3, dtype=torch.float64)
 
