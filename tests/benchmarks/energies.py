@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 taskset -c 0 python tests/benchmarks/energies.py
     python tests/benchmarks/energies.py --systems dipeptide-obc1 hp35-gbn2 --threads 2 --compiled
+    python tests/benchmarks/energies.py --systems dipeptide-obc1 hp35-gbn2 --only-device
 
 Prints a table for each system: frames per second, and their ratio to the limit of OpenMM's CPU platform, which is the
 same number of force evaluations inside ``integrator.step()`` in one Context a thread. All candidates take turns, so
@@ -9,7 +10,10 @@ that they see the same machine, and the best turn of each counts. With one threa
 that is measured, which other processes disturb least; otherwise wall time. Positions are jittered by 4 pm. Every twin
 is compared with the Reference platform first, and a line says how far from it it is. Lines above the table say what
 pools that tune themselves have chosen, and how long their construction took; these use all cores that the process may
-run on. What is compiled or kept lies in a folder that is deleted at the end, so that first times are first times.
+run on. Where there is a CUDA device (``--device cpu`` leaves it out), a second table has the twin on it, with Triton's
+kernels and in torch, positions and results on the device, in wall time up to the last result; its limit is one Context
+of OpenMM's CUDA platform, frame by frame. What is compiled or kept lies in a folder that is deleted at the end, so that
+first times are first times.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import functools
 import importlib.util
 import logging
 import os
@@ -131,7 +136,8 @@ def self_tuned(system: openmm.System, frames: NDArray[np.float64]) -> dict[str, 
         pool = ContextPool(context, positions=frames[:8], tune=effort)
         print(f"{name}: made in {time.perf_counter() - started:.2f} s. {pool.tuning}", flush=True)
         if effort == "full" or pool.platform != "twin":
-            found[f"{name} ({pool.platform} x {pool.n_workers})"] = lambda p=pool: p.energies_and_forces(frames)
+            kind = ", processes" if pool.processes else ""
+            found[f"{name} ({pool.platform} x {pool.n_workers}{kind})"] = lambda p=pool: p.energies_and_forces(frames)
     return found
 
 
@@ -150,15 +156,19 @@ def candidates(system: openmm.System, frames: NDArray[np.float64], options: argp
         found["plain loop, Reference"] = plain_loop("Reference", system, frames)
     found |= tuned
 
-    def add_pool(name: str, which: openmm.System) -> None:
+    def add_pool(name: str, **how: bool) -> None:
         for platform in platforms:
-            pool = ContextPool(context_on("CPU", which, frames[0]), platform=platform, n_workers=threads)
+            context = context_on("CPU", system, frames[0])
+            pool = ContextPool(context, platform=platform, n_workers=threads, **how)
             found[f"{name}, {platform} x {threads}"] = lambda pool=pool: pool.energies_and_forces(frames)
 
-    add_pool("pool", system)
-    if (equal := with_equal_solvent(system)) is not None:
+    equal = with_equal_solvent(system)
+    add_pool("pool", equal_solvent=False)
+    if threads > 1:
+        add_pool("pool, processes", equal_solvent=equal is not None, processes=True)
+    if equal is not None:
         found["limit: step(), CPU, equal GBSAOBCForce"] = steps(equal, frames, threads)
-        add_pool("pool, equal GBSAOBCForce", equal)
+        add_pool("pool, equal GBSAOBCForce", equal_solvent=True)
     for dtype in (torch.float64, torch.float32):
         for compiled in (True,) if options.compiled else (False, True):
             started = time.perf_counter()
@@ -170,9 +180,11 @@ def candidates(system: openmm.System, frames: NDArray[np.float64], options: argp
     return found
 
 
-def rates(calls: dict[str, Call], n_frames: int, options: argparse.Namespace) -> dict[str, float]:
+def rates(
+    calls: dict[str, Call], n_frames: int, options: argparse.Namespace, *, wall: bool = False
+) -> dict[str, float]:
     """Frames per second of each call, all taking turns."""
-    clock = time.process_time if options.threads == 1 else time.perf_counter
+    clock = time.process_time if options.threads == 1 and not wall else time.perf_counter
     best = dict.fromkeys(calls, 0.0)
     for turn in range(options.turns + 1):
         for name, call in calls.items():
@@ -185,11 +197,59 @@ def rates(calls: dict[str, Call], n_frames: int, options: argparse.Namespace) ->
     return best
 
 
+def evaluated(twin: SystemTwin, positions: torch.Tensor, wait: Call) -> None:
+    """Energies and forces of positions, up to the last result."""
+    twin.evaluate(positions)
+    wait()
+
+
+def measure_device(name: str, system: openmm.System, x: NDArray[np.float64], options: argparse.Namespace) -> None:
+    """Print the table of one system's twins on a device, batch by batch."""
+    device = torch.device(options.device)
+    on_cuda = device.type == "cuda"
+    wait: Call = (lambda: torch.cuda.synchronize(device)) if on_cuda else (lambda: None)
+    what = torch.cuda.get_device_name(device) if on_cuda else str(device)
+    print(f"\n{name} on {what}: {len(x)} atoms, wall time")
+    noise = np.random.default_rng(0).normal(scale=0.004, size=(max(options.device_batches), *x.shape))
+    frames = np.ascontiguousarray(x + noise)
+    few = frames[: min(len(frames), 256)]
+    known = [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())]
+    limit = 0.0
+    if "CUDA" in known:
+        limit = rates({"": plain_loop("CUDA", system, few)}, len(few), options, wall=True)[""]
+        print(f"plain loop, one Context of OpenMM's CUDA platform: {limit:,.0f} frames/s")
+    else:
+        print("OpenMM has no CUDA platform here: no limit.")
+    twins: dict[str, SystemTwin] = {}
+    for dtype in (torch.float64, torch.float32):
+        for compile in ("triton", False):
+            started = time.perf_counter()
+            twin = SystemTwin(system, frames[:2], dtype=dtype, device=device, compile=compile)
+            label = f"twin, {str(dtype).removeprefix('torch.')}, {twin.backend}"
+            print(f"{label}: {twin.deviation_in_use}; made in {time.perf_counter() - started:.1f} s", flush=True)
+            twins.setdefault(label, twin)
+    print("\n| | batch | frames/s | of OpenMM's CUDA | GiB |\n|---|---|---|---|---|")
+    for batch in options.device_batches:
+        positions = torch.from_numpy(frames[:batch]).to(device)
+        for label, twin in twins.items():
+            if on_cuda:
+                torch.cuda.reset_peak_memory_stats(device)
+            call = functools.partial(evaluated, twin, positions, wait)
+            rate = rates({label: call}, batch, options, wall=True)[label]
+            memory = f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f}" if on_cuda else ""
+            ratio = f"{rate / limit:.1f}" if limit else ""
+            print(f"| {label} | {batch:,} | {rate:,.0f} | {ratio} | {memory} |", flush=True)
+
+
 def measure(name: str, options: argparse.Namespace) -> None:
     """Print the table of one system."""
     system, x = load(name)
     noise = np.random.default_rng(0).normal(scale=0.004, size=(options.batch, *x.shape))
     frames = np.ascontiguousarray(x + noise)
+    if options.device != "cpu":
+        measure_device(name, system, x, options)
+    if options.only_device:
+        return
     print(f"\n{name}: {len(x)} atoms, {options.batch} frames, {options.threads} thread(s)")
     found = rates(candidates(system, frames, options), len(frames), options)
     limit = found["limit: step(), CPU"]
@@ -208,7 +268,13 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=0.5, help="least time of each candidate in each turn")
     parser.add_argument("--compiled", action="store_true", help="leave out the twins that are not compiled")
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=found, help="another device, where twins are timed too; cpu: none")
+    parser.add_argument("--device-batches", type=int, nargs="+", default=[1_024, 16_384])
+    parser.add_argument("--only-device", action="store_true", help="leave out what runs on the CPU")
     options = parser.parse_args()
+    if options.only_device and options.device == "cpu":
+        parser.error("there is no other device than the CPU")
     logging.disable(logging.WARNING)  # of openmmtools
     torch.set_num_threads(options.threads)
     print(
@@ -216,7 +282,7 @@ def main() -> None:
         f"OpenMM {openmm.Platform.getOpenMMVersion()}"
     )
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["XDG_CACHE_HOME"] = folder
+        os.environ["XDG_CACHE_HOME"] = os.environ["TRITON_CACHE_DIR"] = folder
         for name in options.systems:
             try:
                 measure(name, options)

@@ -1,7 +1,11 @@
-"""Loops over pairs in C++ against OpenMM and against torch, and what happens without a compiler."""
+"""Loops over pairs in C++ and Triton against OpenMM and against torch, and what happens without a compiler.
+
+Triton's kernels run on a CUDA device if there is one, and else in Triton's interpreter.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 
 import numpy as np
@@ -9,12 +13,17 @@ import pytest
 import torch
 
 from openmm_bg.energy import SystemTwin
-from openmm_bg.energy.twin import kernels
+from openmm_bg.energy.twin import kernels, triton_kernels
 from openmm_bg.errors import EnergyError, InputError
 
 import openmm  # isort: skip
 
 needs_compiler = pytest.mark.skipif(kernels.compiler() is None, reason="no C++ compiler")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+BACKENDS = [pytest.param("c++", marks=needs_compiler), pytest.param("triton", marks=needs_triton)]
+#: Where each backend runs.
+DEVICES = {"c++": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
+DOUBLE_AND_SINGLE = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["double", "single"])
 
 N = 9
 RNG = np.random.default_rng(5)
@@ -32,9 +41,14 @@ EVERYTHING = (
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """A cache folder of this module's own."""
+    """A cache folder of this module's own, and Triton's interpreter where there is no device for its kernels."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        if DEVICES["triton"] == "cpu":
+            patch.setenv("TRITON_INTERPRET", "1")
+            # All atoms and frames in one program, for the interpreter is slow; see test_twin_triton.py for others.
+            patch.setattr(triton_kernels, "ROWS", 16)
+            patch.setattr(triton_kernels, "FRAMES", 256)
         yield
 
 
@@ -70,55 +84,75 @@ def make_system(energy: str = EVERYTHING, solvent: bool = True) -> openmm.System
     return system
 
 
-@pytest.fixture(scope="module", params=[torch.float64, torch.float32], ids=["double", "single"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((backend, dtype), marks=needs, id=f"{backend}-{name}")
+        for backend, needs in (("c++", needs_compiler), ("triton", needs_triton))
+        for name, dtype in (("double", torch.float64), ("single", torch.float32))
+    ],
+)
 def twins(request):
     """A compiled twin and one in torch."""
+    backend, dtype = request.param
     system = make_system()
-    return tuple(SystemTwin(system, FRAMES[:5], dtype=request.param, compile=c) for c in (True, False))
+    where = {"dtype": dtype, "device": DEVICES[backend]}
+    return tuple(SystemTwin(system, FRAMES[:5], **where, compile=c) for c in (backend, False))
 
 
-@needs_compiler
-def test_compiled_is_openmms(twins):
+@pytest.fixture(scope="module")
+def known(twins):
+    """The compiled twin's energies and forces on all frames."""
+    return twins[0].energies_and_forces(FRAMES)
+
+
+def same(ours, theirs, twin) -> None:
+    """That energies are bitwise equal on a CPU; another device may do other frames at once in another order."""
+    np.testing.assert_allclose(ours, theirs, rtol=0.0 if twin.device.type == "cpu" else 1e-5)
+
+
+def test_compiled_is_openmms(twins, known):
     compiled, eager = twins
-    assert compiled.compiled and not eager.compiled
+    assert compiled.compiled and not eager.compiled and compiled.backend in ("c++", "triton")
     print(compiled.deviation_in_use)
-    relative = compiled.deviation_in_use.relative_energy, compiled.deviation_in_use.relative_force
-    assert max(relative) < (1e-12 if compiled.dtype == torch.float64 else 1e-5)
-    for ours, theirs in zip(compiled.energies_and_forces(FRAMES), eager.energies_and_forces(FRAMES), strict=True):
+    found = compiled.deviation_in_use
+    if compiled.dtype == torch.float64:
+        assert max(found.relative_energy, found.relative_force) < 1e-12
+    else:
+        assert found.of_rounding < 0.1 and found.relative_force < 1e-5
+    for ours, theirs in zip(known, eager.energies_and_forces(FRAMES), strict=True):
         tight = compiled.dtype == torch.float64
         np.testing.assert_allclose(ours, theirs, rtol=1e-11 if tight else 1e-4, atol=1e-9 if tight else 2e-2)
-    np.testing.assert_allclose(compiled.energies(FRAMES), compiled.energies_and_forces(FRAMES)[0], rtol=1e-5)
+    np.testing.assert_allclose(compiled.energies(FRAMES), known[0], rtol=1e-5)
 
 
-@needs_compiler
-@pytest.mark.parametrize("count", [0, 1, 7, 15, 16, 17, 40, 300])
-def test_batches_that_do_not_fill_vectors(twins, count):
+def test_batches_that_do_not_fill_vectors(twins, known):
     compiled = twins[0]
-    frames = np.tile(FRAMES, (8, 1, 1))[:count]
-    energies, forces = compiled.energies_and_forces(frames)
-    assert energies.shape == (count,) and forces.shape == frames.shape
-    expected, expected_forces = compiled.energies_and_forces(FRAMES)
-    np.testing.assert_allclose(energies, np.tile(expected, 8)[:count], rtol=1e-6)
-    np.testing.assert_allclose(forces, np.tile(expected_forces, (8, 1, 1))[:count], rtol=1e-4, atol=1e-3)
+    expected, expected_forces = known
+    # Vectors are those of C++; the sizes that Triton minds are in test_twin_triton.py.
+    for count in (0, 1, 17) if compiled.backend == "triton" else (0, 1, 7, 15, 16, 17, 40, 300):
+        frames = np.tile(FRAMES, (8, 1, 1))[:count]
+        energies, forces = compiled.energies_and_forces(frames)
+        assert energies.shape == (count,) and forces.shape == frames.shape
+        np.testing.assert_allclose(energies, np.tile(expected, 8)[:count], rtol=1e-6)
+        np.testing.assert_allclose(forces, np.tile(expected_forces, (8, 1, 1))[:count], rtol=1e-4, atol=1e-3)
 
 
-@needs_compiler
-def test_bad_frames_disturb_no_other_in_their_vector(twins):
+def test_bad_frames_disturb_no_other_in_their_vector(twins, known):
     compiled = twins[0]
     mixed = FRAMES.copy()
     for row, value in zip([0, 3, 18, 39], [np.nan, np.inf, 1e300, 1e19], strict=True):
         mixed[row, row % N, row % 3] = value
     mixed[7, 3] = mixed[7, 6]
-    good, good_forces = compiled.energies_and_forces(FRAMES)
+    good, good_forces = known
     energies, forces = compiled.energies_and_forces(mixed)
     bad = [0, 3, 7, 18, 39]
     rest = np.setdiff1d(np.arange(40), bad)
     assert np.isfinite(good).all() and np.all(energies[bad] == np.inf) and not forces[bad].any()
-    np.testing.assert_array_equal(energies[rest], good[rest])
-    np.testing.assert_array_equal(forces[rest], good_forces[rest])
+    same(energies[rest], good[rest], compiled)
+    same(forces[rest], good_forces[rest], compiled)
 
 
-@needs_compiler
 def test_global_parameters_reach_compiled_code(twins):
     compiled, eager = twins
     before = compiled.energies(FRAMES)
@@ -132,7 +166,7 @@ def test_global_parameters_reach_compiled_code(twins):
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["double", "single"])
+@DOUBLE_AND_SINGLE
 def test_exponentials_and_logarithms_to_the_ends_of_their_range(dtype):
     """Energies of two particles that are these functions of their distance, and where they overflow or vanish."""
     limits, (tiny, slack) = (
@@ -223,6 +257,21 @@ def test_tables_of_distances_stay_in_torch(caplog):
     with caplog.at_level(logging.WARNING, logger="openmm_bg"):
         twin = SystemTwin(system, FRAMES[:2], compile=True)
     assert not twin.compiled and "tables" in caplog.text
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_mask_of_the_second_particle_alone(backend):
+    """Which is made outside the inner loop, for it changes with frame and particle only."""
+    system, force = openmm.System(), openmm.CustomGBForce()
+    force.addPerParticleParameter("q")
+    force.addComputedValue("B", "q2*exp(-r/0.1)", force.ParticlePair)
+    force.addEnergyTerm("q1*select(step(B2-1.5), r*B1, 2*r^2*B2+min(B1,1.5))", force.ParticlePair)
+    for i in range(N):
+        system.addParticle(1.0)
+        force.addParticle([0.5 + 0.1 * i])
+    system.addForce(force)
+    twin = SystemTwin(system, FRAMES[:5], compile=backend, device=DEVICES[backend])
+    assert twin.backend == backend and twin.deviation.relative_force < 1e-12
 
 
 @needs_compiler

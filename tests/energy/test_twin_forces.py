@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from openmm_bg.energy.twin import SystemTwin
+from openmm_bg.energy.twin import SystemTwin, triton_kernels
 from openmm_bg.energy.twin import system as twin_system
 from openmm_bg.energy.twin.gb import as_custom
 from openmm_bg.errors import EnergyError, InputError
@@ -33,12 +34,36 @@ def holding(*forces: openmm.Force) -> openmm.System:
     return system
 
 
+#: Forces without pairs.
+BONDED = (
+    openmm.HarmonicBondForce, openmm.HarmonicAngleForce, openmm.PeriodicTorsionForce, openmm.RBTorsionForce,
+    openmm.CMAPTorsionForce, openmm.CustomBondForce, openmm.CustomAngleForce, openmm.CustomTorsionForce,
+    openmm.CustomExternalForce,
+)  # fmt: skip
+HAVE_TRITON = importlib.util.find_spec("triton") is not None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreter():
+    """Triton's interpreter, all atoms in one program, for it is slow: see test_twin_triton.py for others."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available():
+            patch.setenv("TRITON_INTERPRET", "1")
+            patch.setattr(triton_kernels, "ROWS", 16)
+        yield
+
+
 def agrees(*forces: openmm.Force, frames: np.ndarray = FRAMES, least: float = 1e-3, **options: object) -> SystemTwin:
-    """A twin of the forces, whose energies vary over the frames and are OpenMM's."""
+    """A twin of the forces, whose energies vary over the frames and are OpenMM's; with pairs, in Triton too."""
     twin = SystemTwin(holding(*forces), frames, **options)
     print(twin.deviation)
     assert twin.deviation.relative_energy < 1e-11 and twin.deviation.relative_force < 1e-10
     assert np.ptp(twin.energies(frames)) > least
+    if HAVE_TRITON and any(not isinstance(force, BONDED) for force in forces):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        fused = SystemTwin(holding(*forces), frames, compile="triton", device=device, **options)
+        assert fused.deviation.relative_energy < 1e-11 and fused.deviation.relative_force < 1e-10
+        assert fused.backend == "triton" or any(getattr(f, "getNumTabulatedFunctions", int)() for f in forces)
     return twin
 
 

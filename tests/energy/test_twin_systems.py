@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import logging
 import os
 import warnings
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from openmm_bg.energy import ContextPool, SystemTwin, reduced_energy, thermal_energy
+from openmm_bg.energy.twin import triton_kernels
 from openmm_bg.errors import InputError
 
 import openmm  # isort: skip
@@ -103,6 +105,21 @@ def test_single_precision_far_from_the_origin(alanine):
     assert twin.deviation_in_use.energy < 5e-3 and twin.deviation_in_use.relative_force < 1e-5
     here, there = twin.energies(frames), twin.energies(frames + 300.0)
     np.testing.assert_allclose(there, here, atol=5e-3)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("model", ["obc2", "gbn2"])
+def test_solvents_in_triton(alanine, model, monkeypatch):
+    """On a CUDA device if there is one, else in Triton's interpreter; in single precision, far from the origin too."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setattr(triton_kernels, "ROWS", 32)
+    frames, system = jittered(alanine[2], 2), in_solvent(alanine, model, SA="ACE", kappa=1.0)
+    twin = SystemTwin(system, frames, dtype=torch.float32, compile="triton", device=device)
+    assert twin.backend == "triton"
+    assert twin.deviation_in_use.energy < 5e-3 and twin.deviation_in_use.relative_force < 1e-5
+    np.testing.assert_allclose(twin.energies(frames + 300.0), SystemTwin(system, frames).energies(frames), atol=5e-3)
 
 
 # ---------------------------------------------------------------- bad frames

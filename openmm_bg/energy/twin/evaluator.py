@@ -8,9 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from . import triton_kernels
 from .algebra import ZERO, Node, total
 from .formula import Globals
-from .kernels import Kernel, build, lanes
+from .kernels import Kernel, build, lanes, looks_up_nothing
 from .pairs import PairFormula, PairPass
 from .program import distance_factor
 from .system import Forces
@@ -54,22 +55,43 @@ class Evaluator:
         factor = total(solvent.slopes for solvent in solvents)
         self._chain = self._pass(n, {"factor": factor}, [s.adjoint for s in solvents], parts)
         self.multiple = 1
+        self._triton: list[triton_kernels.TritonKernel] = []
         self._groups: list[Listed | External] = [*forces.listed(), *forces.external]
 
-    def compile(self) -> str | None:
-        """Have the passes over pairs in C++, if that is possible; otherwise why not. To be called before `prepare`."""
+    def compile(self, backend: str) -> str | None:
+        """Have the passes over pairs in ``c++`` or ``triton``, if that is possible; otherwise why not.
+
+        To be called before `prepare`.
+        """
         named = {"energy": self._energy, "both": self._both, "sums": self._sums, "chain": self._chain}
-        wanted = {name: found for name, found in named.items() if found is not None and Kernel.possible(found)}
-        if self.device.type != "cpu":
-            return "they run on another device than the CPU"
+        wanted = {name: found for name, found in named.items() if found is not None and looks_up_nothing(found)}
         if not wanted:
             return None if not any(named.values()) else "they look up tables"
+        if backend == "triton":
+            if (reason := triton_kernels.unavailable(self.device)) is not None:
+                return reason
+            for name, found in wanted.items():
+                found.kernel = kernel = triton_kernels.TritonKernel(f"pass_{name}", found, self.dtype)
+                self._triton.append(kernel)
+            triton_kernels.build(self._triton)
+            return None
+        if self.device.type != "cpu":
+            return "C++ runs on the CPU and nowhere else"
         kernels = [Kernel(f"pass_{name}", found) for name, found in wanted.items()]
         reason = build(kernels, self.dtype)
         if reason is None:
-            for found, kernel in zip(wanted.values(), kernels, strict=True):
-                found.kernel = kernel
+            for found, made in zip(wanted.values(), kernels, strict=True):
+                found.kernel = made
             self.multiple = lanes(self.dtype)
+        return reason
+
+    def trial(self) -> str | None:
+        """Start prepared Triton kernels for the first time; if that fails, why, and torch takes their place."""
+        reason = triton_kernels.trial(self._triton, self.device)
+        if reason is not None:
+            for kernel in self._triton:
+                kernel.pairs.kernel = None
+            self._triton = []
         return reason
 
     @staticmethod

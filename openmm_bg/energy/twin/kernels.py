@@ -237,6 +237,11 @@ def _expression(instruction: Instruction, name: Any) -> str:
     return f"f_{op}({v[0]})"
 
 
+def looks_up_nothing(pairs: PairPass) -> bool:
+    """Whether a pass looks up no table while positions change, which only torch can."""
+    return all(instruction.op != "table" for instruction in pairs.formula.program.instructions)
+
+
 class Kernel:
     """The C++ of one pass.
 
@@ -256,11 +261,6 @@ class Kernel:
         self.source = self._source()
         self.call: Any = None
         self._statics: list[Tensor] = []
-
-    @staticmethod
-    def possible(pairs: PairPass) -> bool:
-        """Whether the pass looks up no table while positions change."""
-        return all(instruction.op != "table" for instruction in pairs.formula.program.instructions)
 
     def _source(self) -> str:
         program = self.program
@@ -295,8 +295,10 @@ class Kernel:
             part = instruction.axes if instruction.axes in (1, 2) else 4
             line = f"{type_of(instruction)} {instruction.target} = {_expression(instruction, name_in(part))};"
             if part == 2:
-                if instruction.op not in MASKS:
-                    line += f" C[{self._column(instruction.target)} * n + j] = {instruction.target};"
+                kept_value = instruction.target
+                if instruction.op in MASKS:  # as a number, which is what `where` takes for a mask that it does not know
+                    kept_value = f"pick({instruction.target}, all(T(1)), V{{}})"
+                line += f" C[{self._column(instruction.target)} * n + j] = {kept_value};"
                 column.append(line)
             else:
                 (row if part == 1 else pair).append(line)

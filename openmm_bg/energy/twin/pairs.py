@@ -7,21 +7,21 @@ together, so that they share distances and whatever else they have in common.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .algebra import Node
 from .formula import Formula, Globals, Values
-from .kernels import Kernel
 from .tables import Table
 
 #: Numbers in a temporary array of a tile. Below the 32,768 from which torch hands a part to another thread.
 TILE = 24_576
-#: The same on another device than the CPU, where launches count and caches do not.
-TILE_DEVICE = 2**24
+#: The same on another device than the CPU, where launches count and caches do not; some seventy arrays live at once.
+TILE_DEVICE = 2**22
 
 ROW, COLUMN, PAIR = 1, 2, 4
 
@@ -57,6 +57,18 @@ class _Tile:
     offset: Tensor
 
 
+class CompiledPass(Protocol):
+    """A pass in another language than torch."""
+
+    def prepare(self, statics: Sequence[Tensor], dtype: torch.dtype) -> None:
+        """Take over what is constant."""
+        ...
+
+    def run(self, x: Tensor, fields: Mapping[str, Tensor], gradient: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `PairPass.evaluate`."""
+        ...
+
+
 class PairPass:
     """Formulas of all pairs, evaluated together.
 
@@ -75,7 +87,7 @@ class PairPass:
     Attributes
     ----------
     kernel
-        The pass in C++, if it has been compiled; to be set before `prepare`.
+        The pass in C++ or Triton, if it has been compiled; to be set before `prepare`.
     """
 
     def __init__(self, n_atoms: int, outputs: Mapping[str, Node], dynamic: list[str], parts: list[PairFormula]) -> None:
@@ -91,7 +103,7 @@ class PairPass:
             tables |= part.tables
         moving = {"r": PAIR} | {name + "1": ROW for name in dynamic} | {name + "2": COLUMN for name in dynamic}
         self.formula = Formula(outputs, moving, self._all_values, tables, self._axes)
-        self.kernel: Kernel | None = None
+        self.kernel: CompiledPass | None = None
         self._offset = torch.zeros(0)
         self._tiles: dict[int, list[_Tile]] = {}
 

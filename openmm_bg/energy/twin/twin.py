@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -30,10 +30,11 @@ TOLERANCE = 1.0e-5
 #: Largest difference of a force component in float32, as a fraction of the largest one.
 TOLERANCE_SINGLE = 1.0e-3
 
-#: Frames in a chunk: in torch, and on another device; least and most of them, and atoms of all, where pairs are
-#: compiled.
-CHUNK, CHUNK_DEVICE = 64, 1024
+#: Frames in a chunk: in torch; least and most of them, and atoms of all, where pairs are compiled, and on another
+#: device than a CPU, whose memory, not cache, is the limit.
+CHUNK = 64
 CHUNK_COMPILED, CHUNK_ATOMS = (32, 256), 16_384
+CHUNK_DEVICE, CHUNK_DEVICE_ATOMS = (32, 65_536), 2**20
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,13 @@ class SystemTwin:
     dtype
         ``torch.float64``, or ``torch.float32``, whose sums are float64 all the same.
     device
-        Where to evaluate.
+        Where to evaluate, the comparison with OpenMM included.
     parameters
         Global parameters that differ from their defaults.
     compile
-        Whether to compile the loops over pairs, on a CPU (seconds at first, then kept: see `kernels`). Without a
-        compiler they run in torch, and one sentence is logged.
-
+        Whether to compile the loops over pairs: in C++ on a CPU (seconds at first, then kept: see `kernels`), with
+        Triton on a CUDA device (see `triton_kernels`). ``"c++"`` or ``"triton"`` asks for the one. None: on a CUDA
+        device only. Where that is not possible they run in torch, and one sentence is logged.
     n_threads
         Threads that share the chunks of a batch on a CPU. None: as many as torch may use.
 
@@ -113,14 +114,17 @@ class SystemTwin:
         Global parameters in use.
     invariant
         Whether no energy depends on where the molecule is.
+    backend
+        What evaluates the loops over pairs: ``torch``, ``c++`` or ``triton``.
     compiled
-        Whether the loops over pairs are compiled.
+        Whether the loops over pairs are compiled, that is, not in torch.
     deviation
         From OpenMM in float64.
     deviation_in_use
         From OpenMM in ``dtype``.
     n_energies, n_nonfinite
-        Frames evaluated, and those that came out as +inf: positions or energy not finite.
+        Frames evaluated, and those that came out as +inf: positions or energy not finite. Counted on the device, so
+        that an evaluation need not wait for it; asking for them waits.
 
     Raises
     ------
@@ -143,7 +147,7 @@ class SystemTwin:
         dtype: torch.dtype = torch.float64,
         device: torch.device | str = "cpu",
         parameters: Mapping[str, float] | None = None,
-        compile: bool = False,
+        compile: bool | str | None = None,
         n_threads: int | None = None,
     ) -> None:
         if dtype not in (torch.float32, torch.float64):
@@ -151,10 +155,13 @@ class SystemTwin:
         if n_threads is not None and (isinstance(n_threads, bool) or int(n_threads) != n_threads or n_threads < 1):
             raise InputError(f"n_threads must be a whole number of at least 1, not {n_threads!r}.")
         self.n_threads = n_threads or min(torch.get_num_threads(), len(usable_cores()))
+        self._fits = CHUNK_DEVICE[1]  # frames that the device's memory has not been seen to be too small for
         self._executor: tuple[int, ThreadPoolExecutor] | None = None
         self.n_atoms: int = system.getNumParticles()
         self.dtype, self.device = dtype, torch.device(device)
-        self.n_energies = self.n_nonfinite = 0
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise InputError(f"device is {device!r}, but torch finds no CUDA device here: leave it out.")
+        self._counts = torch.zeros(2, dtype=torch.int64, device=self.device)
         frames = as_frames(positions, self.n_atoms)
         if not len(frames) or not np.isfinite(frames).all():
             raise InputError("A twin needs at least one frame of finite positions to be compared with OpenMM on.")
@@ -162,15 +169,19 @@ class SystemTwin:
         self.parameters = forces.parameters
         self.invariant = forces.translation_invariant
         self._evaluator = Evaluator(forces, dtype, self.device)
-        self.compiled = compile
-        if compile and (reason := self._evaluator.compile()) is not None:
-            self.compiled = False
-            logger.warning("The twin's loops over pairs are not compiled and run in torch: %s.", reason)
+        self.backend, wanted = "torch", backend_for(self.device, compile)
+        reason = None if wanted == "torch" else self._evaluator.compile(wanted)
         self._prepare(parameters or {})
+        if reason is None and wanted == "triton":
+            reason = self._evaluator.trial()
+        if reason is None:
+            self.backend = wanted
+        else:
+            logger.warning("The twin's loops over pairs are not compiled and run in torch: %s.", reason)
         exact = self
         if dtype != torch.float64:
             exact = object.__new__(SystemTwin)
-            exact.__dict__.update(self.__dict__, dtype=torch.float64, compiled=False, n_threads=1)
+            exact.__dict__.update(self.__dict__, dtype=torch.float64, backend="torch", n_threads=1)
             exact._evaluator = Evaluator(Forces(system), torch.float64, self.device)
             exact._evaluator.prepare(self.parameters)
         self.deviation = compare(exact, system, frames)
@@ -180,6 +191,29 @@ class SystemTwin:
                 raise EnergyError(f"The twin differs from OpenMM by {found}: use the Context pool.")
         self.n_energies = self.n_nonfinite = 0
         logger.info("A torch twin of the System differs from OpenMM by %s.", self.deviation_in_use)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the loops over pairs are compiled."""
+        return self.backend != "torch"
+
+    @property
+    def n_energies(self) -> int:
+        """Frames evaluated whose positions were finite."""
+        return int(self._counts[0])
+
+    @n_energies.setter
+    def n_energies(self, count: int) -> None:
+        self._counts[0] = count
+
+    @property
+    def n_nonfinite(self) -> int:
+        """Frames that came out as +inf."""
+        return int(self._counts[1])
+
+    @n_nonfinite.setter
+    def n_nonfinite(self, count: int) -> None:
+        self._counts[1] = count
 
     def set_parameters(self, parameters: Mapping[str, float]) -> None:
         """Change global parameters.
@@ -229,11 +263,23 @@ class SystemTwin:
 
     def _numpy(self, positions: Any, *, forces: bool) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
         frames = torch.from_numpy(as_frames(positions, self.n_atoms))
-        energies, found = self.evaluate(frames, forces=forces)
-        return energies.cpu().numpy(), None if found is None else found.to(torch.float64).cpu().numpy()
+        energies = np.empty(len(frames))
+        found = np.empty(frames.shape) if forces else None
+        # What lies on another device is fetched from it bit by bit, for its memory may not hold all of it.
+        size = max(1, len(frames) if self.device.type == "cpu" else self._chunk_size(len(frames)))
+        for start in range(0, len(frames), size):
+            rows = slice(start, start + size)
+            some, own = self.evaluate(frames[rows], forces=forces)
+            energies[rows] = some.cpu().numpy()
+            if found is not None and own is not None:
+                found[rows] = own.cpu().numpy()
+        return energies, found
 
     def evaluate(self, positions: Tensor, *, forces: bool = True) -> tuple[Tensor, Tensor | None]:
         """As `energies_and_forces`, for a tensor on any device, without a graph.
+
+        On another device than a CPU the call returns when the work has been handed over; whatever uses the results
+        waits for them. If memory runs out, chunks are halved.
 
         Parameters
         ----------
@@ -244,44 +290,57 @@ class SystemTwin:
         -------
         tuple
             Energies [B] float64 and forces [B, N, 3] in ``dtype`` (or None), on the twin's device.
+
+        Raises
+        ------
+        InputError
+            A wrong shape.
+        EnergyError
+            The device's memory does not hold a single frame.
         """
         if positions.ndim != 3 or positions.shape[1:] != (self.n_atoms, 3):
             raise InputError(f"positions must have shape [B, {self.n_atoms}, 3], not {list(positions.shape)}.")
-        moved = positions.detach().to(self.device)
-        energies = torch.empty(len(moved), dtype=torch.float64, device=self.device)
-        found = torch.empty(moved.shape, dtype=self.dtype, device=self.device) if forces else None
-        size = self._chunk_size(len(moved))
-        chunks = [slice(start, min(start + size, len(moved))) for start in range(0, len(moved), size)]
+        frames = positions.detach()
+        energies = torch.empty(len(frames), dtype=torch.float64, device=self.device)
+        found = torch.empty(frames.shape, dtype=self.dtype, device=self.device) if forces else None
+        size = self._chunk_size(len(frames))
+        chunks = [slice(start, min(start + size, len(frames))) for start in range(0, len(frames), size)]
 
         @torch.no_grad()  # which holds in one thread only
-        def work(rows: slice) -> None:
-            self._chunk(moved[rows], energies[rows], None if found is None else found[rows])
+        def work(rows: slice) -> Tensor:
+            return self._chunk(frames[rows], energies[rows], None if found is None else found[rows])
 
         shared = self.n_threads > 1 and len(chunks) > 1 and self.device.type == "cpu"
         before = torch.get_num_threads()
         try:
             if shared or self.compiled or self.n_threads == 1:
                 torch.set_num_threads(1)  # chunks are small: threads that share one operation wait for each other
-            if shared:
-                list(self._threads().map(work, chunks))
-            else:
-                for rows in chunks:
-                    work(rows)
-            with torch.no_grad():
-                sound = (moved.abs() < FARTHEST).all(dim=2).all(dim=1)  # NaN compares as False
-                good = sound & torch.isfinite(energies)
-                energies = torch.where(good, energies, torch.inf)
-                if found is not None:
-                    found[~(good & torch.isfinite(found).all(dim=2).all(dim=1))] = 0.0
+            counts = list(self._threads().map(work, chunks)) if shared else [self._halving(work, r) for r in chunks]
         finally:
             torch.set_num_threads(before)  # threads to come do as the last call said
-        self.n_energies += int(sound.sum())
-        self.n_nonfinite += int((~good).sum())
+        if counts:
+            self._counts += torch.stack(counts).sum(0)
         return energies, found
 
-    def _chunk(self, part: Tensor, energies: Tensor, forces: Tensor | None) -> None:
-        """Evaluate a few frames [b, N, 3]; non-finite ones come out as anything."""
+    def _halving(self, work: Callable[[slice], Tensor], rows: slice) -> Tensor:
+        """Work on rows, or on its halves if memory does not hold them."""
+        count = rows.stop - rows.start
+        try:
+            return work(rows)
+        except torch.OutOfMemoryError as error:
+            if count == 1:
+                raise EnergyError(f"The memory of {self.device} does not hold one frame's energy: {error}") from error
+        # Out of the handler, which had kept the failed attempt's arrays alive.
+        self._fits = min(self._fits, count // 2)
+        logger.info("%d frames at once are too many for the memory of %s: halved.", count, self.device)
+        middle = rows.start + count // 2
+        return self._halving(work, slice(rows.start, middle)) + self._halving(work, slice(middle, rows.stop))
+
+    def _chunk(self, part: Tensor, energies: Tensor, forces: Tensor | None) -> Tensor:
+        """Evaluate a few frames [b, N, 3]; how many of them had finite positions, and how many came out as +inf."""
+        part = part.to(self.device)
         count = len(part)
+        sound = (part.abs() < FARTHEST).all(dim=2).all(dim=1)  # NaN compares as False
         if self.invariant:
             # Single precision must not suffer from where the molecule is.
             part = part - part.mean(dim=1, keepdim=True)
@@ -289,14 +348,20 @@ class SystemTwin:
             part = torch.cat((part, part[-1:].expand(missing, -1, -1)))
         x = part.to(self.dtype).permute(2, 1, 0).contiguous()
         gradient = None if forces is None else torch.zeros_like(x)
-        energies.copy_(self._evaluator.evaluate(x, gradient)[:count])
+        found = self._evaluator.evaluate(x, gradient)[:count]
+        good = sound & torch.isfinite(found)
+        energies.copy_(torch.where(good, found, torch.inf))
         if forces is not None and gradient is not None:
             torch.neg(gradient.permute(2, 1, 0)[:count], out=forces)
+            bad = ~(good & torch.isfinite(forces).all(dim=2).all(dim=1))
+            forces.masked_fill_(bad[:, None, None], 0.0)
+        return torch.stack((sound.sum(), (~good).sum()))
 
     def _chunk_size(self, count: int) -> int:
         """Frames of a batch evaluated together: few, so that temporary arrays stay in the cache."""
         if self.device.type != "cpu":
-            return CHUNK_DEVICE
+            wanted = max(CHUNK_DEVICE[0], CHUNK_DEVICE_ATOMS // max(self.n_atoms, 1))
+            return min(wanted, CHUNK_DEVICE[1], self._fits)
         if not self.compiled:
             return CHUNK
         share = -(-count // (16 * self.n_threads)) * 16  # so that no thread is left without one
@@ -314,6 +379,24 @@ class SystemTwin:
         if self._executor is not None and self._executor[0] == os.getpid():
             self._executor[1].shutdown()
         self._executor = None
+
+
+def backend_for(device: torch.device, compile: bool | str | None) -> str:
+    """What is to evaluate the loops over pairs, if it can: ``torch``, ``c++`` or ``triton`` (see `SystemTwin`).
+
+    Raises
+    ------
+    InputError
+        Another value of ``compile`` than those of `SystemTwin`.
+    """
+    if compile not in (True, False, None, "c++", "triton"):
+        raise InputError(f'compile must be True, False, None, "c++" or "triton", not {compile!r}.')
+    if isinstance(compile, str):
+        return compile
+    on_device = device.type == "cuda"
+    if compile is None:
+        compile = on_device
+    return "torch" if not compile else "triton" if on_device else "c++"
 
 
 def compare(twin: SystemTwin, system: openmm.System, frames: NDArray[np.float64]) -> Deviation:
