@@ -137,7 +137,7 @@ class BoltzmannGeneratorSampler:
     def statistics(self) -> dict[str, int]:
         """Counts since construction; ``n_energies`` includes those of `sample` and `reverse_kl`.
 
-        Every call of these three spends two more that are not counted, comparing the clones with the Context.
+        Every call of these spends one or two more that are not counted, comparing the clones with the Context.
         """
         return counts(self._info) | {"n_energies": self.pool.n_energies}
 
@@ -248,15 +248,19 @@ class BoltzmannGeneratorSampler:
         u = self.coordinates.log_volume(y, s) - log_density
         return u.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
-    def _follow(self) -> None:
-        """Catch up with the Context: parameters, box, forces, and after a reinitialisation constraints and masses."""
+    def _follow(self) -> tuple[np.ndarray, float]:
+        """Catch up with the Context: parameters, box, forces, and after a reinitialisation constraints and masses.
+
+        Returns its positions [N, 3] in nm, and the pool's energy there, kJ/mol.
+        """
         self.space.eval()  # dropout would void every density
-        self.pool.sync()
+        found = self.pool.sync()
         self._system = self.context.getSystem()
         if _kinematics(self._system) != self._matched:
             self._match()
         self.temperature = target_temperature(self._asked_temperature, self.context)
         self.target = Target(self.coordinates, self.pool, self.temperature)
+        return found
 
     def _match(self) -> None:
         """Coordinates with the constraints and masses of the Context's System."""
@@ -346,20 +350,21 @@ class BoltzmannGeneratorSampler:
             The Context no longer has the energies of its System.
         """
         before = self.pool.n_energies
-        self._follow()
-        current = torch.from_numpy(context_positions(self.context))
+        positions, energy = self._follow()
+        current = torch.from_numpy(positions)
         with torch.no_grad():
-            y, s = self.coordinates.to_internal(current[None])
+            y, s, log_volume = self.coordinates.to_internal_and_log_volume(current[None])
             self.coordinates.require_lengths(y, s)
             inside = bool(self.coordinates.in_domain(y, s)[0])
-            log_volume = self.coordinates.log_volume(y, s)
         log_w = float("inf")  # q = 0: no proposal reaches this state, so detailed balance keeps the chain there
-        z = np.full(tuple(y.shape), np.nan)
-        if inside:
+        if not inside:
+            z = np.full(tuple(y.shape), np.nan)
+        else:
             z, found = self.space.inverse(y)
             log_q = float(found[0])
             if log_q > -float("inf"):
-                log_w = float(self._log_density(current[None], log_volume)[0]) - log_q
+                self.pool.n_energies += 1  # the comparison with the Context, made anyway, has it
+                log_w = float(log_volume[0]) - energy / self.target.kT - log_q
         return Standing(current, y, s, log_w, before, z, seed_frame(current, self.coordinates.zmatrix.seed))
 
     def weigh(self, standing: Standing, y: Tensor, log_q: Tensor) -> tuple[Tensor, np.ndarray]:
@@ -449,8 +454,7 @@ class BoltzmannGeneratorSampler:
         if any(isinstance(force, openmm.CMMotionRemover) for force in self._system.getForces()):
             velocities = self.context.getState(velocities=True).getVelocities(asNumpy=True)._value
             masses = np.array(self.coordinates.constraints.masses)
-            drift = (masses[:, None] * velocities).sum(0) / masses.sum()
-            self.context.setVelocities(velocities - drift)
+            self.context.setVelocities(velocities - masses @ velocities / masses.sum())
 
 
 def _kinematics(system: openmm.System) -> tuple[int, list[float], list[tuple[int, int, float]]]:

@@ -77,7 +77,7 @@ def seed_frame(x: Tensor, seed: tuple[int, int, int]) -> Tensor:
     n = _cross(e, [v - u for u, v in zip(b, c, strict=True)])
     size = math.hypot(*n)
     n = [v / size for v in n]
-    return torch.tensor([e, _cross(n, e), n], dtype=torch.float64).T
+    return torch.from_numpy(np.array([e, _cross(n, e), n])).T
 
 
 def _cross(a: list[float], b: list[float]) -> list[float]:

@@ -30,11 +30,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Choice:
-    """Platform (or "twin"), number of workers, and the frames per second that they were chosen for."""
+    """Platform (or "twin"), number of workers, the frames per second that they were chosen for, whether the workers are
+    processes, and whether an equal force stands in for the solvent's.
+    """
 
     platform: str
     n_workers: int
     frames_per_second: float
+    processes: bool = False
+    equal_solvent: bool = False
 
 
 def load_choice(digest: str) -> Choice | None:

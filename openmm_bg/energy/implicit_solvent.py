@@ -185,6 +185,72 @@ def agreement(system: openmm.System, twin: openmm.System, positions: Any) -> Agr
     return Agreement(float(energy), float(relative_energy), float(relative_force), len(frames))
 
 
+@dataclass(frozen=True)
+class EqualSolvent:
+    """A System whose OBC2 CustomGBForces are GBSAOBCForces, and how well the two forms were found to agree."""
+
+    system: openmm.System
+    agreement: Agreement
+
+    def __str__(self) -> str:
+        found = self.agreement
+        return (
+            "The CustomGBForce of OBC2 has an equal, faster form, GBSAOBCForce: on "
+            f"{found.n_frames} frames energies agree to {found.relative_energy:.0e} and forces to "
+            f"{found.relative_force:.0e} of the solvent's own."
+        )
+
+
+def find_equal_solvent(system: openmm.System, positions: Any) -> EqualSolvent | None:
+    """The System with its faster solvent, verified on frames in double precision; one sentence is logged.
+
+    Only the solvent's own energies and forces are compared, for nothing else differs.
+
+    Parameters
+    ----------
+    system
+        Any System; it stays as it is.
+    positions
+        [F, N, 3] nm.
+
+    Returns
+    -------
+    EqualSolvent or None
+        None if the System has no such force, or if the two forms differ on the frames.
+    """
+    custom = [force for force in system.getForces() if isinstance(force, openmm.CustomGBForce)]
+    if not custom:
+        return None
+    found = [force for force in custom if why_not_obc2(force) is None]
+    if not found:
+        logger.info("The CustomGBForce is evaluated as it is: %s.", why_not_obc2(custom[0]))
+        return None
+    alone = openmm.System()
+    for _ in range(system.getNumParticles()):
+        alone.addParticle(1.0)
+    for force in found:
+        alone.addForce(copy.deepcopy(force))
+    twin = with_equal_solvent(alone)
+    assert twin is not None
+    try:
+        compared = agreement(alone, twin, positions)
+        whole = with_equal_solvent(system) if compared.holds else None
+    except Exception as error:  # frames without a finite energy, or a System that cannot be copied
+        logger.info("The CustomGBForce is evaluated as it is: %s", error)
+        return None
+    if whole is None:
+        logger.warning(
+            "The CustomGBForce is evaluated as it is, though its expressions are OBC2's: the built-in force differs "
+            "from it by %.2g kJ/mol on %d frames.",
+            compared.energy,
+            compared.n_frames,
+        )
+        return None
+    equal = EqualSolvent(whole, compared)
+    logger.info("%s", equal)
+    return equal
+
+
 def _solvent_alone(system: openmm.System) -> openmm.System:
     alone = copy.deepcopy(system)
     for index in reversed(range(alone.getNumForces())):

@@ -14,16 +14,18 @@ import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only the
 
 from ..errors import EnergyError, InputError
 from .arrays import as_frames, sound_rows
+from .fingerprint import fingerprint
+from .implicit_solvent import EqualSolvent
+from .process_workers import ProcessWorkers
 from .snapshot import (
     ContextState,
     clone_system,
-    digest_system,
     energy_tolerance,
     is_double,
     platform_properties,
     read_state,
 )
-from .tuning import Effort, Tuning, check_choice, find_fastest
+from .tuning import Effort, Tuning, check_choice, find_equal, find_fastest
 from .twin_workers import TWIN, TwinWorkers, default_threads
 from .workers import Workers
 
@@ -31,10 +33,12 @@ logger = logging.getLogger(__name__)
 
 
 class ContextPool:
-    """Evaluates batches of positions in clones of a Context, one per worker thread.
+    """Evaluates batches of positions in clones of a Context, one per worker: a thread, or a process.
 
     The clones have the Context's System, box, global parameters and, on its platform, its platform
     properties. The Context itself is only read: its positions, parameters and step count stay as they are.
+    Where a CustomGBForce is that of OBC2, clones may hold the equal, faster GBSAOBCForce (`implicit_solvent`), verified
+    on the spot; one sentence is logged.
     Where that is faster, a torch twin of the System takes the place of the clones, of all of them. All energies
     of one pool count as one energy function (docs/theory.md): compare old and new states with the same pool.
 
@@ -49,13 +53,18 @@ class ContextPool:
         Number of clones, or threads of the twin. None: timed; for ``platform="twin"``, all usable cores.
     positions
         [F, N, 3] nm, frames to time on; default the Context's own.
+    processes
+        Whether each clone has a process of its own instead of a thread. None: threads, unless a full tuning has found
+        processes faster, as they are for small molecules on the Reference platform.
+    equal_solvent
+        False: a CustomGBForce is evaluated as it is.
     tune
-        "full" times the twin too, takes longer, and keeps what it finds for later pools of the same System on the same
-        machine (see `tune`); "quick" takes that up, or times clones in a second or two.
+        "full" times processes and the twin too, takes longer, and keeps what it finds for later pools of the same
+        System on the same machine (see `tune`); "quick" takes that up, or times clones in a second or two.
 
     Attributes
     ----------
-    n_atoms, platform, n_workers
+    n_atoms, platform, n_workers, processes, equal_solvent
         What was chosen; of the twin, "twin" and its number of threads.
     tuning
         Report of the timing, or None if there was none.
@@ -69,7 +78,8 @@ class ContextPool:
     InputError
         A wrong argument, or a Context without finite positions and energy.
     EnergyError
-        The System cannot be evaluated in a clone, or energies there differ from the Context's own.
+        The System cannot be evaluated in a clone, or energies there differ from the Context's own. Later: the pool is
+        closed, or one of its processes has ended.
 
     Examples
     --------
@@ -84,9 +94,15 @@ class ContextPool:
         platform: str | None = None,
         n_workers: int | None = None,
         positions: ArrayLike | torch.Tensor | None = None,
+        processes: bool | None = None,
+        equal_solvent: bool = True,
         tune: Effort = "quick",
     ) -> None:
         check_choice(platform, n_workers, tune)
+        if processes and platform == TWIN:
+            raise InputError(
+                "processes are for Contexts: name another platform than 'twin', or let threads do the work."
+            )
         self.context = context
         self.n_atoms: int = context.getSystem().getNumParticles()
         self.tuning: Tuning | None = None
@@ -94,27 +110,50 @@ class ContextPool:
         self.n_nonfinite = 0
         self._warned_failure = False
         self._warned_unpushed = False
-        self._digest = digest_system(context)
-        self._workers: Workers | TwinWorkers
+        self._fingerprint = fingerprint(context.getSystem())
+        self._workers: Workers | ProcessWorkers | TwinWorkers
+        self._slack = 0.0  # of the equal solvent, kJ/mol
         state = read_state(context)
-        name, count, twin = platform, n_workers, None
+        self._equal = find_equal(context, state, positions) if equal_solvent and platform != TWIN else None
+        self._wants_equal = self._equal is not None
+        self.equal_solvent = False
+        self._in_processes = bool(processes)
+        name, count, ready = platform, n_workers, None
         if platform == TWIN:
             count = n_workers or default_threads()
         elif name is None or count is None:
-            self.tuning, twin = find_fastest(
-                context, platform=platform, n_workers=n_workers, positions=positions, effort=tune
+            self.tuning, ready = find_fastest(
+                context,
+                platform=platform,
+                n_workers=n_workers,
+                positions=positions,
+                effort=tune,
+                kept=equal_solvent,
+                processes=processes,
+                equal=self._equal,
             )
-            name, count = self.tuning.chosen.platform, self.tuning.chosen.n_workers
+            name, count = self._take(self.tuning)
         assert name is not None and count is not None
         if name == TWIN:
             try:
-                self._start(name, count, state, twin)
+                self._start(name, count, state, ready)
                 return
             except EnergyError as error:
                 logger.warning("Contexts evaluate energies instead of a torch twin: %s", error)
-            self.tuning, _ = find_fastest(context, n_workers=n_workers, positions=positions, kept=False)
-            platform, name, count = None, self.tuning.chosen.platform, self.tuning.chosen.n_workers
+            self._equal = find_equal(context, state, positions) if equal_solvent else None
+            self.tuning, ready = find_fastest(
+                context, n_workers=n_workers, positions=positions, kept=False, processes=processes, equal=self._equal
+            )
+            name, count = self._take(self.tuning)
+            platform = None
         own = context.getPlatform().getName()
+        if self._in_processes and processes is None:
+            try:
+                self._start(name, count, state, ready)
+                return
+            except EnergyError as error:
+                logger.warning("Threads evaluate energies instead of processes: %s", error)
+                self._in_processes = False
         try:
             self._start(name, count, state)
         except EnergyError as error:
@@ -123,14 +162,35 @@ class ContextPool:
             logger.warning("The %s platform is not used (%s)", name, error)
             self._start(own, count, state)
 
-    def _start(self, name: str, count: int, state: ContextState, ready: TwinWorkers | None = None) -> None:
+    def _take(self, tuning: Tuning) -> tuple[str, int]:
+        """Platform and number of workers that were chosen; the rest of the choice is remembered."""
+        chosen = tuning.chosen
+        self._in_processes, self._wants_equal = chosen.processes, chosen.equal_solvent
+        return chosen.platform, chosen.n_workers
+
+    def _start(
+        self, name: str, count: int, state: ContextState, ready: TwinWorkers | ProcessWorkers | None = None
+    ) -> None:
         """Make the workers, unless they are ready, and compare them with the Context."""
-        self._workers = self._make_workers(name, count, state) if ready is None else ready
+        if ready is None:
+            self._workers = self._make_workers(name, count, state)
+        else:
+            self._workers = ready
+            self._solvent_of_clones(state)
         try:
             self._synchronise(state)
         except BaseException:
             self.close()
             raise
+
+    def _solvent_of_clones(self, state: ContextState) -> EqualSolvent | None:
+        """The form of the System that clones made now have, or None for its own."""
+        # What was verified at the beginning serves once: clones are made again when the System has changed.
+        verified, self._equal = self._equal, None
+        equal = (verified or find_equal(self.context, state)) if self._wants_equal else None
+        self.equal_solvent = equal is not None
+        self._slack = 0.0 if equal is None else 4.0 * equal.agreement.energy
+        return equal
 
     @property
     def platform(self) -> str:
@@ -139,8 +199,13 @@ class ContextPool:
 
     @property
     def n_workers(self) -> int:
-        """Number of clones, each in its own thread, or of the twin's threads."""
+        """Number of clones, each in its own thread or process, or of the twin's threads."""
         return self._workers.n
+
+    @property
+    def processes(self) -> bool:
+        """Whether each clone has a process of its own."""
+        return isinstance(self._workers, ProcessWorkers)
 
     def __enter__(self) -> ContextPool:
         return self
@@ -151,7 +216,7 @@ class ContextPool:
         self.close()
 
     def close(self) -> None:
-        """End the worker threads and destroy clones or twin. Also done on collection and at exit."""
+        """End the worker threads or processes and destroy clones or twin. Also done on collection and at exit."""
         self._workers.close()
 
     def energies(self, positions: ArrayLike | torch.Tensor) -> NDArray[np.float64]:
@@ -187,7 +252,7 @@ class ContextPool:
         assert forces is not None
         return energies, forces
 
-    def sync(self) -> None:
+    def sync(self) -> tuple[NDArray[np.float64], float]:
         """Follow the user's Context: global parameters, box, and force parameters.
 
         Global parameters and box are copied. Force parameters cannot be read from a Context, so the energy of
@@ -198,6 +263,12 @@ class ContextPool:
         clones as they are as long as they agree with the Context, for it is the Context that is being
         sampled. All of this holds for the twin as well, but for the box, which it does not have.
 
+        Returns
+        -------
+        tuple
+            Positions [N, 3] of the Context in nm, and their energy in kJ/mol as this pool evaluates it, which
+            `n_energies` does not count.
+
         Raises
         ------
         InputError
@@ -206,33 +277,35 @@ class ContextPool:
             Clones (or the twin) of the Context's System do not have the Context's energy, or no twin can be made of the
             System as it is now.
         """
-        self._synchronise(read_state(self.context))
+        state = read_state(self.context)
+        return state.positions, self._synchronise(state)
 
-    def _synchronise(self, state: ContextState) -> None:
+    def _synchronise(self, state: ContextState) -> float:
+        """As `sync`; the energy."""
         if len(state.positions) != self.n_atoms:
             raise EnergyError(
                 f"The Context now has {len(state.positions)} particles instead of {self.n_atoms}: make another pool."
             )
         self._workers.apply(state)
-        gap, tolerance = self._compare(self._workers, state)
-        agrees = abs(gap) <= tolerance  # False for NaN
-        digest = digest_system(self.context)
-        if agrees and digest == self._digest:
-            return
+        energy, tolerance = self._evaluate_state(self._workers, state)
+        agrees = abs(energy - state.energy) <= tolerance  # False for NaN
+        found = fingerprint(self.context.getSystem())
+        if agrees and found == self._fingerprint:
+            return energy
         fresh = self._make_workers(self.platform, self.n_workers, state)
         try:
             fresh.apply(state)
-            fresh_gap, fresh_tolerance = self._compare(fresh, state)
+            fresh_energy, fresh_tolerance = self._evaluate_state(fresh, state)
         except BaseException:
             fresh.close()
             raise
-        if abs(fresh_gap) <= fresh_tolerance:
+        if abs(fresh_energy - state.energy) <= fresh_tolerance:
             # Also if the old clones agree: the change may not show at these positions, and a System that is
             # edited is normally pushed.
             self._workers.close()
-            self._workers, self._digest = fresh, digest
+            self._workers, self._fingerprint = fresh, found
             logger.debug("Clones or twin were made afresh from the Context's System.")
-            return
+            return fresh_energy
         fresh.close()
         if agrees:
             if not self._warned_unpushed:
@@ -241,17 +314,19 @@ class ContextPool:
                     "The System was changed without telling its Context (by updateParametersInContext or "
                     "reinitialize); energies follow the Context."
                 )
-            return
+            return energy
         copy = "torch twin" if self.platform == TWIN else "copy"
         where = "" if self.platform == TWIN else f" on {self.platform}"
         raise EnergyError(
-            f"A {copy} of the Context's System{where} differs from the Context by {fresh_gap:.6g} "
+            f"A {copy} of the Context's System{where} differs from the Context by {fresh_energy - state.energy:.6g} "
             f"kJ/mol at its positions (rounding allows {fresh_tolerance:.2g}): call updateParametersInContext "
             "on the forces that were changed, or context.reinitialize(preserveState=True)."
         )
 
-    def _compare(self, workers: Workers | TwinWorkers, state: ContextState) -> tuple[float, float]:
-        """Energy of a clone or the twin minus the Context's own at its positions, and what rounding allows."""
+    def _evaluate_state(
+        self, workers: Workers | ProcessWorkers | TwinWorkers, state: ContextState
+    ) -> tuple[float, float]:
+        """Energy of a clone or the twin at the Context's positions, and how far rounding may take it from its own."""
         try:
             energy, groups = workers.group_energies(state.positions)
         except openmm.OpenMMException as error:
@@ -259,17 +334,23 @@ class ContextPool:
             raise EnergyError(f"The {workers.platform} platform cannot evaluate the System ({message}).") from error
         own = self.context.getPlatform().getName()
         double = is_double(own, platform_properties(own, self.context)) and workers.double
-        same = own == workers.platform
-        return energy - state.energy, energy_tolerance(state, groups, double=double, same_platform=same)
+        equal = self.equal_solvent and not isinstance(workers, TwinWorkers)
+        # In single precision, other kernels round a form of the solvent differently, as those of other platforms do.
+        same = own == workers.platform and not equal
+        slack = self._slack if equal else 0.0
+        return energy, energy_tolerance(state, groups, double=double, same_platform=same) + slack
 
-    def _make_workers(self, platform: str, count: int, state: ContextState) -> Workers | TwinWorkers:
+    def _make_workers(self, platform: str, count: int, state: ContextState) -> Workers | ProcessWorkers | TwinWorkers:
         if platform == TWIN:
             try:
                 return TwinWorkers(clone_system(self.context), state, count)
             except InputError as error:
                 raise EnergyError(str(error)) from error
+        equal = self._solvent_of_clones(state)
+        system = clone_system(self.context) if equal is None else equal.system
+        kind = ProcessWorkers if self._in_processes else Workers
         try:
-            return Workers(clone_system(self.context), platform, platform_properties(platform, self.context), count)
+            return kind(system, platform, platform_properties(platform, self.context), count)
         except openmm.OpenMMException as error:
             message = str(error).rstrip(".")
             raise EnergyError(f"The {platform} platform cannot hold the System ({message}).") from error
@@ -280,7 +361,7 @@ class ContextPool:
         energies, out = self._workers.evaluate(array, rows, forces=forces)
         bad = ~np.isfinite(energies)
         energies[bad] = np.inf
-        if out is not None:
+        if out is not None and (bad.any() or not np.isfinite(out).all()):
             out[bad | ~np.isfinite(out).all(axis=(1, 2))] = 0.0
         self.n_energies += len(rows)
         self.n_nonfinite += int(bad.sum())

@@ -1,16 +1,17 @@
-"""Which platform, and how many Contexts beside each other, or whether a torch twin evaluates this System fastest:
-measured, not guessed.
+"""Which platform, which form of the solvent, how many Contexts beside each other, in threads or in processes, or
+whether a torch twin evaluates this System fastest: measured, not guessed.
 
-No rule of thumb holds: the Reference platform is thirty times faster than the CPU platform on a small
-molecule in vacuum and ten times slower on one in implicit solvent, and some forces do not gain from a second
+No rule of thumb holds: the Reference platform is thirty times faster than the CPU platform on a small molecule in
+vacuum and ten times slower on one in implicit solvent, and some forces gain from a second process but not from a second
 thread.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -22,8 +23,10 @@ import openmm  # isort: skip
 from ..errors import EnergyError, InputError
 from .arrays import as_frames, sound_rows
 from .choices import Choice, keep_choice, load_choice
+from .implicit_solvent import EqualSolvent, find_equal_solvent
+from .process_workers import ProcessWorkers
 from .snapshot import ContextState, clone_system, digest_system, platform_properties, read_state
-from .twin_workers import TWIN, TwinWorkers, default_threads
+from .twin_workers import JITTER, TWIN, TwinWorkers, default_threads
 from .workers import Workers, usable_cores
 
 logger = logging.getLogger(__name__)
@@ -49,6 +52,15 @@ WARM_UP = 3.0
 #: More workers must gain this factor, or the series of worker counts ends: less is noise, and costs memory.
 GAIN = 1.05
 
+#: Processes must be faster than all else by this factor, for each costs memory and a third of a second to start.
+PROCESS_GAIN = 1.1
+
+#: How far other load on the machine may take the rate of one thread from that of the same thread later on.
+NOISE = 2.0
+
+#: Platforms whose Contexts may have a process each; a GPU would have to share itself among them.
+HOST_PLATFORMS = ("Reference", "CPU")
+
 #: Repeats of the largest batch, its frames, and the bound on frames x atoms that keeps its memory small.
 REPEATS = 4
 FRAMES = 512
@@ -57,19 +69,30 @@ FRAME_ATOMS = 1_000_000
 
 @dataclass(frozen=True)
 class TuningRow:
-    """One candidate: platform (or "twin"), number of Contexts (or threads), frames per second (None if not timed), and
-    why not.
+    """One candidate: platform (or "twin"), number of Contexts (or threads), frames per second (None if not timed) and
+    why not, whether each Context has a process of its own, and whether GBSAOBCForce stands in for an equal
+    CustomGBForce.
     """
 
     platform: str
     n_workers: int
     frames_per_second: float | None
     note: str = ""
+    processes: bool = False
+    equal_solvent: bool = False
+
+    @property
+    def name(self) -> str:
+        """The candidate in a few words."""
+        words = f"{self.platform} x {self.n_workers}" + (" processes" if self.processes else "")
+        return words + (" with GBSAOBCForce" if self.equal_solvent else "")
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """Report of `tune`: every candidate in the order tried, the chosen one, and whether an earlier tuning chose it."""
+    """Report of `tune`: every candidate, threads before processes and the twin, the chosen one, and whether an earlier
+    tuning chose it.
+    """
 
     rows: tuple[TuningRow, ...]
     chosen: TuningRow
@@ -81,14 +104,17 @@ class Tuning:
         where = (
             f"{n} thread(s) of a torch twin of the System"
             if self.chosen.platform == TWIN
+            else f"{n} process(es) with a Context each on {self.chosen.platform}"
+            if self.chosen.processes
             else f"{n} Context(s) on {self.chosen.platform}"
         )
+        if self.chosen.equal_solvent:
+            where += " with GBSAOBCForce in the place of the equal CustomGBForce"
         what = f"Energies run in {where}, {self.chosen.frames_per_second:.3g} frames/s"
         if self.kept:
             return f"{what}, as an earlier full tuning of this System on this machine found."
         others = ", ".join(
-            f"{row.platform} x {row.n_workers}: "
-            + (row.note if row.frames_per_second is None else f"{row.frames_per_second:.3g}")
+            f"{row.name}: " + (row.note if row.frames_per_second is None else f"{row.frames_per_second:.3g}")
             for row in self.rows
             if row is not self.chosen
         )
@@ -105,6 +131,8 @@ def tune(
 ) -> Tuning:
     """Time energies and forces on every platform present and on growing numbers of workers.
 
+    Where a CustomGBForce is that of OBC2, the equal GBSAOBCForce is verified and timed besides, and before it.
+
     The Context's own platform comes first and is always a candidate; others that cannot hold the System are
     skipped. The chosen platform may compute in a coarser precision than the Context's own: name `platform`
     where that is not wanted.
@@ -118,9 +146,10 @@ def tune(
     positions
         [F, N, 3] nm, finite frames like those to come; default the Context's own positions.
     effort
-        "full" takes longer for each candidate to be timed, and tries the System's torch twin too, which may take
-        seconds to compile. What it finds is kept in the user's cache folder, and "quick" takes that up, without timing,
-        for the same System, machine and versions. Neither is done where platform or n_workers is named.
+        "full" takes longer for each candidate to be timed, and tries worker processes and the System's torch twin too,
+        which may take seconds to compile. What it finds is kept in the user's cache folder, and "quick" takes that up,
+        without timing, for the same System, machine and versions. Nothing is kept or taken up where platform or
+        n_workers is named, and no twin is tried where platform is.
 
     Returns
     -------
@@ -135,10 +164,24 @@ def tune(
     EnergyError
         No candidate could be timed.
     """
-    report, twin = find_fastest(context, platform=platform, n_workers=n_workers, positions=positions, effort=effort)
-    if twin is not None:
-        twin.close()
+    equal = find_equal(context, read_state(context), positions) if platform != TWIN else None
+    report, ready = find_fastest(
+        context, platform=platform, n_workers=n_workers, positions=positions, effort=effort, equal=equal
+    )
+    if ready is not None:
+        ready.close()
     return report
+
+
+def find_equal(context: openmm.Context, state: ContextState, positions: Any = None) -> EqualSolvent | None:
+    """The Context's System with its faster solvent, verified on the Context's positions and on another frame: the first
+    one given, or one nearby.
+    """
+    other = state.positions + np.random.default_rng(0).normal(scale=JITTER, size=state.positions.shape)
+    if positions is not None:
+        given = as_frames(positions, len(state.positions))[:1]
+        other = given[0] if sound_rows(given) else other
+    return find_equal_solvent(context.getSystem(), np.stack((state.positions, other)))
 
 
 def find_fastest(
@@ -149,75 +192,114 @@ def find_fastest(
     positions: Any = None,
     effort: Effort = "quick",
     kept: bool = True,
-) -> tuple[Tuning, TwinWorkers | None]:
-    """As `tune`, and the twin, if it was made and chosen, for it costs seconds to make.
+    processes: bool | None = None,
+    equal: EqualSolvent | None = None,
+) -> tuple[Tuning, TwinWorkers | ProcessWorkers | None]:
+    """As `tune`, and the twin or the processes, if they were made and chosen, for they cost time to make.
 
-    Without ``kept`` no choice of an earlier tuning is taken up.
+    Parameters
+    ----------
+    context, platform, n_workers, positions, effort
+        As for `tune`.
+    kept
+        Whether a choice of an earlier tuning may be taken up, and that of this one be kept.
+    processes
+        True: processes only, in the place of threads; False: no processes; None: they are tried with "full".
+    equal
+        A faster form of the System, verified.
     """
     started = time.perf_counter()
     check_choice(platform, n_workers, effort)
     state = read_state(context)
     frames = _frames(state, positions)
-    digest = digest_system(context) if platform is None and n_workers is None else None
+    digest = digest_system(context) if platform is None and n_workers is None and processes is None else None
     if kept and effort == "quick" and digest is not None and (choice := load_choice(digest)) is not None:
-        row = TuningRow(choice.platform, choice.n_workers, choice.frames_per_second)
+        row = TuningRow(
+            choice.platform,
+            choice.n_workers,
+            choice.frames_per_second,
+            processes=choice.processes,
+            equal_solvent=choice.equal_solvent and equal is not None,
+        )
         report = Tuning((row,), row, time.perf_counter() - started, kept=True)
         logger.info("%s", report)
         return report, None
 
     system = clone_system(context)
+    forms = ([(True, equal.system)] if equal is not None else []) + [(False, system)]
     rows: list[TuningRow] = []
     twin: TwinWorkers | None = None
+    process_workers: ProcessWorkers | None = None
     if platform != TWIN:
         names = [platform] if platform is not None else _platforms(context)
+        if processes and platform is None:
+            names = [name for name in names if name in HOST_PLATFORMS]
         counts = [n_workers] if n_workers is not None else _counts(len(usable_cores()))
         deadline = started + (FULL_SECONDS if effort == "full" else TOTAL_SECONDS)
-        rows = _time_contexts(context, system, state, frames, names, counts, deadline)
-    if platform == TWIN or (platform is None and effort == "full"):
-        found, twin = _time_twin(
-            system, state, frames, [n_workers] if n_workers is not None else _counts(default_threads())
+        rows = _time_contexts(
+            context, forms, state, frames, names, counts, deadline, ProcessWorkers if processes else Workers
         )
+    twin_rows: list[TuningRow] = []
+    if platform == TWIN or (platform is None and effort == "full" and not processes):
+        threads = [n_workers] if n_workers is not None else _counts(default_threads())
+        twin_rows, twin = _time_twin(system, state, frames, threads)
+    if platform != TWIN and effort == "full" and processes is None:
+        # Last, for they are not started where they could not win; the twin's rows stay at the end of the report.
+        found, process_workers = _time_processes(context, dict(forms), state, frames, n_workers, [*rows, *twin_rows])
         rows += found
+    rows += twin_rows
 
     timed = [row for row in rows if row.frames_per_second is not None]
     if not timed:
-        reasons = "; ".join(f"{row.platform}: {row.note}" for row in rows)
+        reasons = "; ".join(f"{row.name}: {row.note}" for row in rows)
         raise EnergyError(f"No platform could evaluate the System in a copy of the Context ({reasons}).")
-    chosen = max(timed, key=lambda row: row.frames_per_second or 0.0)
-    if twin is not None and chosen.platform != TWIN:
-        twin.close()
-        twin = None
-    elif twin is not None:
-        twin.set_threads(chosen.n_workers)
+    chosen = max(timed, key=lambda row: (row.frames_per_second or 0.0) / (PROCESS_GAIN if row.processes else 1.0))
+    ready: TwinWorkers | ProcessWorkers | None = None
+    if twin is not None:
+        if chosen.platform == TWIN:
+            twin.set_threads(chosen.n_workers)
+            ready = twin
+        else:
+            twin.close()
+    if process_workers is not None:
+        if chosen.processes:
+            process_workers.set_processes(chosen.n_workers)
+            process_workers.retire()
+            ready = process_workers
+        else:
+            process_workers.close()
     report = Tuning(tuple(rows), chosen, time.perf_counter() - started)
     logger.info("%s", report)
-    if effort == "full" and digest is not None:
-        keep_choice(digest, Choice(chosen.platform, chosen.n_workers, chosen.frames_per_second or 0.0))
-    return report, twin
+    if kept and effort == "full" and digest is not None:
+        rate = chosen.frames_per_second or 0.0
+        keep_choice(digest, Choice(chosen.platform, chosen.n_workers, rate, chosen.processes, chosen.equal_solvent))
+    return report, ready
 
 
 def _time_contexts(
     context: openmm.Context,
-    system: openmm.System,
+    forms: list[tuple[bool, openmm.System]],
     state: ContextState,
     frames: NDArray[np.float64],
     names: list[str],
     counts: list[int],
     deadline: float,
+    kind: type[Workers] | type[ProcessWorkers],
 ) -> list[TuningRow]:
-    """Platforms and worker counts, each until it gains no more."""
+    """Platforms, forms of the System and worker counts, each until it gains no more."""
     rows: list[TuningRow] = []
     best = 0.0
-    for name in names:
+    for name, (equal, system) in itertools.product(names, forms):
         best_here = 0.0
         for count in counts:
+            row = TuningRow(name, count, None, processes=kind is ProcessWorkers, equal_solvent=equal)
             if best > 0.0 and time.perf_counter() > deadline:
-                rows.append(TuningRow(name, count, None, "no time left"))
+                rows.append(replace(row, note="no time left"))
                 break
             try:
-                workers = Workers(system, name, platform_properties(name, context), count)
-            except openmm.OpenMMException as error:
-                rows.append(TuningRow(name, count, None, f"cannot hold this System ({error})"))
+                workers = kind(system, name, platform_properties(name, context), count)
+            except (openmm.OpenMMException, EnergyError) as error:
+                rows.append(replace(row, note=f"cannot hold this System ({error})"))
                 break
             try:
                 workers.apply(state)
@@ -225,17 +307,65 @@ def _time_contexts(
             finally:
                 workers.close()
             if workers.failure is not None:
-                rows.append(TuningRow(name, count, None, f"cannot evaluate this System ({workers.failure})"))
+                rows.append(replace(row, note=f"cannot evaluate this System ({workers.failure})"))
                 break
             if rate is None:
-                rows.append(TuningRow(name, count, None, "too slow"))
+                rows.append(replace(row, note="too slow"))
                 break
-            rows.append(TuningRow(name, count, rate))
+            rows.append(replace(row, frames_per_second=rate))
             best = max(best, rate)
             if rate < GAIN * best_here:
                 break
             best_here = max(best_here, rate)
     return rows
+
+
+def _time_processes(
+    context: openmm.Context,
+    forms: dict[bool, openmm.System],
+    state: ContextState,
+    frames: NDArray[np.float64],
+    n_workers: int | None,
+    rows: list[TuningRow],
+) -> tuple[list[TuningRow], ProcessWorkers | None]:
+    """Processes on the platform and with the form of the System that could gain most from them; they are returned too.
+
+    They cannot be faster than one thread of theirs times their number, up to `NOISE`.
+    """
+    timed = [row for row in rows if row.platform in HOST_PLATFORMS and row.frames_per_second is not None]
+    if not timed:
+        return [], None
+    most = n_workers if n_workers is not None else default_threads()
+    bounds = [(row.frames_per_second or 0.0) * most / min(row.n_workers, most) for row in timed]
+    bound, leader = max(zip(bounds, timed, strict=True), key=lambda pair: pair[0])
+    row = replace(leader, n_workers=most, frames_per_second=None, note="", processes=True)
+    if most == 1:
+        return [replace(row, note="no gain from one alone")], None
+    if NOISE * bound < max(other.frames_per_second or 0.0 for other in rows):
+        return [replace(row, note="too slow")], None
+    try:
+        workers = ProcessWorkers(
+            forms[row.equal_solvent], row.platform, platform_properties(row.platform, context), most
+        )
+    except (openmm.OpenMMException, EnergyError) as error:
+        return [replace(row, note=str(error).rstrip("."))], None
+    found: list[TuningRow] = []
+    try:
+        workers.apply(state)
+        for count in [n_workers] if n_workers is not None else [count for count in _counts(most) if count > 1]:
+            workers.set_processes(count)
+            workers.evaluate(frames, list(range(min(len(frames), 2 * count))), forces=True)  # memory is new to them
+            rate = _rate(workers, frames, hopeless_below=0.0, scaling=1.0)
+            if workers.failure is not None:
+                raise EnergyError(f"cannot evaluate this System ({workers.failure})")
+            found.append(replace(row, n_workers=count, frames_per_second=rate))
+    except EnergyError as error:
+        workers.close()
+        return [replace(row, note=str(error).rstrip("."))], None
+    except BaseException:
+        workers.close()
+        raise
+    return found, workers
 
 
 def _time_twin(
@@ -300,7 +430,7 @@ def _frames(state: ContextState, positions: Any) -> NDArray[np.float64]:
 
 
 def _rate(
-    workers: Workers | TwinWorkers,
+    workers: Workers | ProcessWorkers | TwinWorkers,
     frames: NDArray[np.float64],
     *,
     hopeless_below: float,

@@ -1,19 +1,17 @@
 """Threads that each own one Context and evaluate frames with it.
 
-OpenMM releases Python's lock while it computes, so threads suffice. Each thread pins itself to a core
-*before* it creates its Context: on the CPU platform a Context hands its work to a thread of its own, which
-inherits the pin, and waking that thread on another core would cost more than a small molecule's forces.
+OpenMM releases Python's lock while it computes, so threads mostly suffice; where a frame takes microseconds, the lock
+between frames is what they wait for, and processes (`process_workers`) do not. Each thread pins itself to a core before
+it creates its Context.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from queue import SimpleQueue
 from typing import Any
 
@@ -22,143 +20,50 @@ from numpy.typing import NDArray
 
 import torch  # noqa: F401  # isort: skip  (before openmm, or its torch plugin does not load)
 import openmm  # isort: skip
-from openmm import unit  # isort: skip
 
 from ..errors import EnergyError
-from .snapshot import Box, ContextState, is_double
+from .clone import Clone, cores_of_workers, pin, share_size, usable_cores
+from .snapshot import ContextState, is_double
 
-logger = logging.getLogger(__name__)
+__all__ = ["JOIN_SECONDS", "Workers", "usable_cores"]
 
 #: Seconds that closing waits for a thread to finish its current frame.
 JOIN_SECONDS = 5.0
 
 
-@dataclass
 class _Job:
-    """One batch; `blocks` holds the first row of each share that no thread has taken yet."""
+    """One batch; `shares` holds the rows that no thread has taken yet."""
 
-    positions: NDArray[np.float64]
-    energies: NDArray[np.float64]
-    forces: NDArray[np.float64] | None
-    rows: list[int]
-    size: int
-    blocks: deque[int] = field(default_factory=deque)
-    cancelled: bool = False
+    def __init__(
+        self,
+        positions: NDArray[np.float64],
+        energies: NDArray[np.float64],
+        forces: NDArray[np.float64] | None,
+        shares: list[list[int]],
+    ) -> None:
+        self._arrays = (positions, energies, forces)
+        self._shares = deque(shares)
+        self._cancelled = [False]
 
+    def cancel(self) -> None:
+        """Let every thread stop after the frame in hand."""
+        self._cancelled[0] = True
 
-class Clone:
-    """A Context of its own for one thread: created, used and destroyed in that thread."""
+    def run(self, clone: Clone) -> str | None:
+        """The task that the job is to each thread."""
+        return clone.evaluate(*self._arrays, self._take(), self._cancelled)
 
-    def __init__(self, system: openmm.System, platform: str, properties: Mapping[str, str]) -> None:
-        self._arguments = (system, platform, dict(properties))
-        self._state: ContextState | None = None
-        self.context = self._create()
-
-    def _create(self) -> openmm.Context:
-        system, platform, properties = self._arguments
-        # The integrator is never stepped; a Context just needs one.
-        integrator = openmm.VerletIntegrator(1.0 * unit.femtosecond)
-        context = openmm.Context(system, integrator, openmm.Platform.getPlatformByName(platform), properties)
-        self._box: Box | None = None
-        self._parameters: dict[str, float] = dict(context.getParameters())
-        return context
-
-    def apply(self, state: ContextState) -> None:
-        """Take over the box and those global parameters that this System defines."""
-        self._state = state
-        if self._box != state.box:
-            self.context.setPeriodicBoxVectors(*(openmm.Vec3(*vector) for vector in state.box))
-            self._box = state.box
-        for name, value in state.parameters.items():
-            if name in self._parameters and self._parameters[name] != value:
-                self.context.setParameter(name, value)
-                self._parameters[name] = value
-
-    def recreate(self) -> None:
-        """Replace the Context after OpenMM raised in it, for nothing says what state that left behind."""
-        del self.context
-        self.context = self._create()
-        if self._state is not None:
-            self.apply(self._state)
-
-    def evaluate(self, job: _Job) -> str | None:
-        """Take shares of a job until none is left; returns OpenMM's message if a frame made it raise."""
-        positions, energies, forces = job.positions, job.energies, job.forces
-        wants_forces = forces is not None
-        set_positions, get_state = self.context.setPositions, self.context.getState
-        failure: str | None = None
-        while not job.cancelled:
+    def _take(self) -> Iterator[list[int]]:
+        while True:
             try:
-                start = job.blocks.popleft()  # atomic: deques are safe between threads
+                yield self._shares.popleft()  # atomic: deques are safe between threads
             except IndexError:
-                break
-            for row in job.rows[start : start + job.size]:
-                if job.cancelled:
-                    break
-                try:
-                    set_positions(positions[row])
-                    state = get_state(energy=True, forces=wants_forces)
-                    energies[row] = state.getPotentialEnergy()._value
-                    if forces is not None:
-                        _copy_forces(state, forces[row])
-                except openmm.OpenMMException as error:
-                    failure = str(error)
-                    energies[row] = np.inf
-                    del set_positions, get_state  # bound methods would keep the old Context alive
-                    self.recreate()
-                    set_positions, get_state = self.context.setPositions, self.context.getState
-        return failure
-
-    def group_energies(self, positions: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        """Energy of one frame [N, 3], and the energies of the force groups in use, kJ/mol."""
-        self.context.setPositions(positions)
-        total = self.context.getState(energy=True).getPotentialEnergy()._value
-        groups: set[int] = set()
-        for force in self.context.getSystem().getForces():
-            groups.add(force.getForceGroup())
-            if isinstance(force, openmm.NonbondedForce) and force.getReciprocalSpaceForceGroup() >= 0:
-                groups.add(force.getReciprocalSpaceForceGroup())
-        if len(groups) <= 1:
-            return total, np.array([total])
-        parts = [
-            self.context.getState(energy=True, groups={group}).getPotentialEnergy()._value for group in sorted(groups)
-        ]
-        return total, np.array(parts)
-
-
-def _copy_forces_fast(state: openmm.State, out: NDArray[np.float64]) -> None:
-    # Twenty times cheaper than getForces, but checks neither type nor order: a wrong array corrupts memory.
-    if out.dtype != np.float64 or not out.flags.c_contiguous:
-        raise TypeError("forces must be written into C-contiguous float64 rows")
-    state._getVectorAsNumpy(openmm.State.Forces, out)
-
-
-def _copy_forces_public(state: openmm.State, out: NDArray[np.float64]) -> None:
-    out[...] = state.getForces(asNumpy=True)._value
-
-
-_copy_forces = _copy_forces_fast if hasattr(openmm.State, "_getVectorAsNumpy") else _copy_forces_public
-
-
-def usable_cores() -> list[int]:
-    """Cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
-def _pin(core: int) -> None:
-    if hasattr(os, "sched_setaffinity"):
-        try:
-            os.sched_setaffinity(0, {core})  # on Linux, 0 is the calling thread and not the process
-        except OSError as error:
-            logger.debug("A worker thread could not be pinned to core %d (%s).", core, error)
+                return
 
 
 def _serve(tasks: SimpleQueue[Any], ready: SimpleQueue[Any], make: Callable[[], Clone], core: int | None) -> None:
     """Body of a worker thread; it takes no reference to its pool, which could never be collected then."""
-    if core is not None:
-        _pin(core)
+    pin(core)
     try:
         clone = make()
     except BaseException as error:
@@ -190,7 +95,7 @@ def _stop(shared: _Shared) -> None:
     if shared.pid != os.getpid():
         return  # a forked child has the objects but not the threads
     if shared.job is not None:
-        shared.job.cancelled = True
+        shared.job.cancel()
     for queue in shared.queues:
         queue.put(None)
     for thread in shared.threads:
@@ -224,13 +129,9 @@ class Workers:
         def make() -> Clone:
             return Clone(system, platform, properties)
 
-        # Threads of a GPU driver would inherit the pin and gain nothing from it.
-        cores = usable_cores() if platform in ("CPU", "Reference") else []
-        # Ranks of one machine (torchrun) must not crowd onto the same cores.
-        first = int(os.environ.get("LOCAL_RANK", "0")) * n
         try:
-            for index in range(n):  # one after the other: creation is not promised to be thread-safe
-                core = cores[(first + index) % len(cores)] if cores else None
+            # One after the other: creation is not promised to be thread-safe.
+            for index, core in enumerate(cores_of_workers(platform, n)):
                 tasks: SimpleQueue[Any] = SimpleQueue()
                 ready: SimpleQueue[Any] = SimpleQueue()
                 thread = threading.Thread(
@@ -268,7 +169,7 @@ class Workers:
     def apply(self, state: ContextState) -> None:
         """Give every Context this box and these global parameters."""
         with self._lock:
-            self._run(lambda clone: clone.apply(state), self.n)
+            self._run(lambda clone: clone.apply(state.box, state.parameters), self.n)
 
     def group_energies(self, positions: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         """Energy of one frame [N, 3] in the first Context, total and by force group, kJ/mol."""
@@ -303,23 +204,17 @@ class Workers:
         out = np.zeros(positions.shape) if forces else None
         if not rows:
             return energies, out
-        # Shares small enough that a thread on a busy core does not keep the others waiting for long.
-        size = max(1, len(rows) // (8 * self.n)) if self.n > 1 else len(rows)
-        job = _Job(positions, energies, out, rows, size, deque(range(0, len(rows), size)))
-        n = min(self.n, len(job.blocks))
+        size = share_size(len(rows), self.n)
+        shares = [rows[start : start + size] for start in range(0, len(rows), size)]
+        job = _Job(positions, energies, out, shares)
         with self._lock:
             self._shared.job = job
             try:
-                failures = self._run(job_runner(job), n)
+                failures = self._run(job.run, min(self.n, len(shares)))
             except BaseException:
-                job.cancelled = True  # e.g. Ctrl-C: the threads stop after the frame in hand
+                job.cancel()  # e.g. Ctrl-C: the threads stop after the frame in hand
                 raise
             finally:
                 self._shared.job = None
         self.failure = next((failure for failure in failures if failure is not None), self.failure)
         return energies, out
-
-
-def job_runner(job: _Job) -> Callable[[Clone], str | None]:
-    """The task that a job is to each thread."""
-    return lambda clone: clone.evaluate(job)

@@ -215,18 +215,14 @@ def independence_chain(
     current, proposed, shape = _check(log_w_current, log_w_proposed, 1)
     chains, n = proposed.shape
     log_u = -rng.standard_exponential((chains, n))
-    index = np.empty((chains, n), dtype=np.int64)
     before = np.empty((chains, n))
     moved = np.empty((chains, n), dtype=np.bool_)
-    at = np.full(chains, -1, dtype=np.int64)
     for step in range(n):
         before[:, step] = current
         # u < w'/w, written as a strict inequality of logs that holds for infinite values too.
-        accept = proposed[:, step] > current + log_u[:, step]
+        moved[:, step] = accept = proposed[:, step] > current + log_u[:, step]
         current = np.where(accept, proposed[:, step], current)
-        at = np.where(accept, step, at)
-        moved[:, step] = accept
-        index[:, step] = at
+    index = np.maximum.accumulate(np.where(moved, np.arange(n), -1), axis=1)
     info = _report(moved, np.exp(log_acceptance(before, proposed)), 1)
     return index.reshape(*shape, n), info
 

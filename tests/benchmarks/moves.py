@@ -6,8 +6,9 @@
 The shipped alanine dipeptide on the Reference platform, one worker, one thread. Everything is a ratio within one run,
 between calls that take turns, so that a busy machine touches both sides alike; medians over the turns. For every move:
 
-- in place: time of the call over the time that it spends in `ContextPool.energies` and in passes of the flow (z to y, y
-  to z, with their densities), both in the very same call;
+- in place: time of the call over the time that it spends in energies (of the proposals; of the current state, in the
+  Context itself and in its clone, which are compared) and in passes of the flow (draws of z, z to y, y to z, with their
+  densities), both in the very same call;
 - alone: over the time of the same energies and passes, with the same arguments, made once more right after the call,
   and nothing between them: caches are then at their best, which no move can have.
 
@@ -28,6 +29,7 @@ import torch
 import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only then)
 
 import openmm_bg as bg
+from openmm_bg.energy import pool as pools
 
 Clock = Callable[[], float]
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -41,7 +43,10 @@ class Passes:
         self.calls: list[Call] = []
         self.spent = np.zeros(2)  # CPU, wall
         for owner, name in (
+            (pools, "read_state"),
+            (sampler.pool, "_evaluate_state"),
             (sampler.pool, "energies"),
+            (sampler.space, "draw"),
             (sampler.space, "forward"),
             (sampler.space, "inverse"),
             (sampler.space, "log_base"),
@@ -73,11 +78,12 @@ class Shares:
     def __init__(self, sampler: Any) -> None:
         self.spent: dict[str, float] = {}
         self._inside = False
-        coordinates = ("to_internal", "log_volume", "positions_and_log_volume", "in_domain", "require_lengths")
+        coordinates = ("to_internal_and_log_volume", "positions_and_log_volume", "in_domain", "require_lengths")
         for label, owner, names in (
-            ("energies and flow passes", sampler.pool, ("energies",)),
-            ("energies and flow passes", sampler.space, ("forward", "inverse", "log_base")),
-            ("clones compared with the Context", sampler.pool, ("sync",)),
+            ("energies and flow passes", pools, ("read_state",)),
+            ("energies and flow passes", sampler.pool, ("energies", "_evaluate_state")),
+            ("energies and flow passes", sampler.space, ("draw", "forward", "inverse", "log_base")),
+            ("System compared with its copy", pools, ("fingerprint",)),
             ("coordinates, log J + Φ", sampler.coordinates, coordinates),
             ("positions and velocities handed over", sampler, ("settle",)),
         ):
