@@ -174,6 +174,12 @@ class TrainingConfig(_Strict):
     gradient_checkpointing
         Keep the inputs of the coupling layers alone and pass each a second time in the backward pass: the same
         gradients from a fraction of the memory, for the time of one more forward pass.
+    compile
+        Pass the likelihood of whole batches through code that torch.compile makes of the flow: the same training up to
+        rounding, with about half the time for these passes (docs/benchmarks.md), after a minute or more of compiling,
+        seconds once it is in torch's cache. That time comes on top of the `seconds` of a stage. Without a C++ compiler
+        (on a CPU), or where compiling fails, one warning says so and training goes on uncompiled. Not together with
+        `gradient_checkpointing`.
     optimizer, weight_decay, gradient_clip
         Adam or AdamW (decoupled decay), and the largest norm of the gradient of each loss before its weight λ
         (None: not clipped). A clipped gradient has lost its scale: then λ sets what share of a step the loss has.
@@ -201,6 +207,7 @@ class TrainingConfig(_Strict):
     precision: Literal["float32", "float64"] = "float32"
     network_precision: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
+    compile: bool = False
     optimizer: Literal["adam", "adamw"] = "adam"
     weight_decay: float = Field(default=0.0, ge=0.0)
     gradient_clip: float | None = Field(default=5.0, gt=0.0)
@@ -231,6 +238,9 @@ class TrainingConfig(_Strict):
     def _check(self) -> TrainingConfig:
         if self.energy_maximum <= self.energy_cut:
             raise ValueError("energy_maximum must lie above energy_cut")
+        if self.compile and self.gradient_checkpointing:
+            # Compiled, the second pass of a layer has another dropout than the first: the gradients would be wrong.
+            raise ValueError("compile and gradient_checkpointing exclude each other, switch one of them off")
         if self.validation_fraction == 0.0 and any(stage.keep_best for stage in self.stages):
             raise ValueError("keep_best needs validation frames, set validation_fraction above 0")
         return self

@@ -12,6 +12,7 @@ from torch import Tensor
 from openmm_bg.errors import EnergyError, InputError
 from openmm_bg.training import losses
 from openmm_bg.training.buffer import ResampledBuffer
+from openmm_bg.training.compiled import CompiledDensity
 from openmm_bg.training.config import ENERGY_LOSSES, Stage, TrainingConfig
 from openmm_bg.training.dataset import Dataset, MinibatchSampler, cumulative_weights, draw_indices, spread
 from openmm_bg.training.parallel import Ranks
@@ -67,7 +68,9 @@ class Objective:
         ranks: Ranks | None = None,
     ) -> None:
         ranks = ranks or Ranks()
-        self.density = share_density(density, ranks, config.seed)
+        self._compiled = CompiledDensity(density) if config.compile else None
+        self._n_ranks = ranks.size
+        self.density = share_density(density if self._compiled is None else self._compiled, ranks, config.seed)
         self.sampling_density = share_density(sampling_density, ranks, config.seed)
         self.data, self.config = data, config
         self.target, self.coordinates = share_target(target, ranks), share_coordinates(coordinates, ranks)
@@ -160,6 +163,25 @@ class Objective:
             )
         gradients = stage.losses.path > 0.0 and stage.path_samples == "buffer"
         self.buffer.clear(gradients=gradients)
+
+    def prepare_stage(self, stage: Stage) -> dict[str, float]:
+        """Compile, and evaluate what to compare with, before the clock of a stage runs, of one that is resumed too.
+
+        Returns
+        -------
+        dict
+            "w2", if the stage has that loss: data against data at its batch sizes, nm².
+        """
+        active = stage.losses.active()
+        if self._compiled is not None and {"nll", "buffer", "variance"} & set(active):
+            rows = -(-self.config.batch_size // self._n_ranks)  # of one process
+            with product_precision(self.config.network_precision):
+                self._compiled.prepare(self.y[torch.arange(rows, device=self.device) % len(self.y)])
+        if "w2" not in active:
+            return {}
+        baseline = self.w2_baseline(stage)
+        logger.info("W2 of data against data at these batch sizes: %.3g nm^2", baseline)
+        return {"w2": baseline}
 
     def begin_step(self, step: int) -> None:
         """Tell the step, counted over all stages."""

@@ -29,8 +29,8 @@ from openmm_bg.training.threads import product_precision
 logger = logging.getLogger(__name__)
 
 _VALIDATION_CHUNK = 512
-# A resumed run may change these: they leave the loss curve as it is.
-_FREE_KEYS = {"checkpoint_every", "checkpoint_seconds", "max_bad_steps", "gradient_checkpointing"}
+# A resumed run may change these: they leave the loss curve as it is, but for rounding.
+_FREE_KEYS = {"checkpoint_every", "checkpoint_seconds", "max_bad_steps", "gradient_checkpointing", "compile"}
 
 
 class TrainingInterrupted(BGError, RuntimeError):
@@ -223,10 +223,8 @@ class Trainer:
         if self._optimizer is None:
             self._optimizer = self._new_optimizer()
             self.objective.begin_stage(stage)
-        if stage.losses.w2 > 0.0:
-            self.baselines["w2"] = self.objective.w2_baseline(stage)
-            logger.info("W2 of data against data at these batch sizes: %.3g nm^2", self.baselines["w2"])
         self.density.train()
+        self.baselines |= self.objective.prepare_stage(stage)
         with stage_bar(stage, self.progress) as bar:
             fraction = self._fraction(stage)
             while fraction < 1.0:
@@ -291,7 +289,7 @@ class Trainer:
         self.objective.begin_step(self.step)
         terms, figures = self.objective.terms(stage, self._stage_step)
         weights = stage.losses.active()
-        norm = self._gradients([(weights[name], term) for name, term in terms.items()])
+        norm = self._gradients({name: (weights[name], term) for name, term in terms.items()})
         loss = torch.stack([weights[name] * term.detach() for name, term in terms.items()]).sum()
         # One transfer for all figures: on a GPU each would wait for the queue.
         reported = [figures.get(name, term) for name, term in terms.items()]
@@ -316,18 +314,18 @@ class Trainer:
             **dict(zip(terms, values[2:], strict=True)),
         )  # fmt: skip
 
-    def _gradients(self, terms: list[tuple[float, Tensor]]) -> Tensor:
+    def _gradients(self, terms: dict[str, tuple[float, Tensor]]) -> Tensor:
         """Leave the gradient of the weighted losses in the parameters; its norm, NaN without a loss to differentiate.
 
         Each is clipped before its weight: together, one thousands of times larger, as an energy's is, would be all.
         """
-        terms = [(weight, term) for weight, term in terms if term.requires_grad]
+        terms = {name: pair for name, pair in terms.items() if pair[1].requires_grad}
         limit = math.inf if self.config.gradient_clip is None else self.config.gradient_clip
-        for index, (weight, term) in enumerate(terms):
+        for name, (weight, term) in terms.items():
             before = [p.grad for p in self._parameters]
             for p in self._parameters:
                 p.grad = None
-            term.backward(retain_graph=index + 1 < len(terms))  # losses may share the samples' pass through the flow
+            term.backward(retain_graph=name == "kl" and "w2" in terms)  # they share the samples' pass through the flow
             self.ranks.sum_gradients(self._parameters)
             nn.utils.clip_grad_norm_(self._parameters, limit, foreach=True)
             for p, old in zip(self._parameters, before, strict=True):

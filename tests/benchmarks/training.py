@@ -13,10 +13,19 @@ allocator on a GPU.
 `maps`: seconds of forward (base to data, as samples go) and inverse (as likelihoods go) in float64 without gradients,
 of the eager flow and of its script, in turns.
 
+With --energies instead, training by energy of alanine dipeptide (openmmtools', unconstrained): CPU seconds of the flow,
+of the coordinates and of the energies in one step. `variance`, as the cpu preset trains: a gradient of log q over 512
+rows with the optimiser, and an eighth of 3,072 fresh samples with their energies. `kl`: 256 samples with their gradient
+and the optimiser, energies with forces. Each part takes turns with the others, the least time counts, and energies
+come from one thread. Frames are jittered by 4 pm; what they are does not change what they cost.
+
 Options: `checkpointing` (`gradient_checkpointing`), `bfloat16` (`network_precision`, as a CPU or a GPU has it),
-`autocast` (what a GPU would do, on this device) and, with --compile, `torch.compile` of the whole likelihood. Its first
-call is given in wall time and in CPU time with that of the C++ compiler, a process of its own; set
-TORCHINDUCTOR_CACHE_DIR to an empty folder, and TORCHINDUCTOR_COMPILE_THREADS=1 for a CPU time that misses nothing.
+`autocast` (what a GPU would do, on this device).
+
+With --compile instead, `torch.compile` of log q and of samples, each with its gradients, against the eager passes, in
+turns. The first call is given in wall time and in CPU time with that of the C++ compiler, a process of its own, once
+with an empty cache (a folder that is deleted at the end) and once more; set TORCHINDUCTOR_COMPILE_THREADS=1 for a CPU
+time that misses nothing.
 """
 
 from __future__ import annotations
@@ -25,8 +34,10 @@ import argparse
 import datetime
 import json
 import multiprocessing
+import os
 import platform
 import resource
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -36,6 +47,7 @@ import torch
 
 from openmm_bg.flow import FeatureLayout, FlowConfig, build_flow
 from openmm_bg.flow.coupling import economical
+from openmm_bg.training import TrainingConfig
 from openmm_bg.training.threads import product_precision
 
 #: Linear coordinates, circular ones of the backbone and of the side chains, as the representation named has them.
@@ -140,26 +152,61 @@ def timed(call: Callable[[], object], device: str) -> float:
     return clock() - begin
 
 
-def compiled(flow: Any, options: argparse.Namespace, y: torch.Tensor) -> dict[str, float]:
-    """torch.compile of log q: seconds of the first gradient, and how many times faster later ones are."""
+def compiled(options: argparse.Namespace, preset: str, name: str) -> dict[str, Any]:
+    """torch.compile of passes with gradients: what the first call costs, and how many times faster later ones are."""
+    import torch._functorch.config
 
-    def gradient(log_prob: Callable[..., Any]) -> None:
-        flow.zero_grad(set_to_none=True)
-        torch.manual_seed(0)
+    batch = options.batch[preset]
+    flow = build_flow(layout(name), FlowConfig.preset(preset)).to(options.device).train()
+    precision = TrainingConfig.preset(preset).network_precision
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+        z = flow.sample_base(batch).float()
+        y = flow(z)[0].contiguous()
+
+    def log_q(log_prob: Callable[..., Any]) -> None:
         (-log_prob(y).mean()).backward()
 
-    fast = torch.compile(flow.log_prob, dynamic=False)
-    begin, cpu = time.perf_counter(), _cpu_seconds()
-    gradient(fast)
-    figures = {"first call, s": time.perf_counter() - begin, "first call, s of CPU": _cpu_seconds() - cpu}
-    gradient(fast)
-    gradient(flow.log_prob)
-    pairs = [
-        (timed(lambda: gradient(flow.log_prob), options.device), timed(lambda: gradient(fast), options.device))
-        for _ in range(3 * options.repeats)
-    ]
-    plain, quick = (min(found) for found in zip(*pairs, strict=True))
-    return {name: round(value, 1) for name, value in figures.items()} | {"times faster": round(plain / quick, 2)}
+    def samples(forward: Callable[..., Any]) -> None:
+        moved, log_det = forward(z)
+        (moved.square().sum(1).mean() - log_det.mean()).backward()
+
+    row: dict[str, Any] = {"preset": preset, "molecule": name, "batch": batch}
+    passes = {"log q": (log_q, flow.log_prob), "samples": (samples, flow.forward)}
+    for what in options.passes:
+        gradient, plain = passes[what]
+
+        def call(function: Callable[..., Any], gradient: Callable[..., None] = gradient) -> None:
+            flow.zero_grad(set_to_none=True)
+            with product_precision(precision):
+                gradient(function)
+
+        figures = {}
+        # The graph of samples that two losses share is run backwards twice, so that its memory is not given away.
+        with torch._functorch.config.patch(donated_buffer=what == "log q"):
+            for again in ("", ", from the cache"):
+                torch._dynamo.reset()
+                fast = torch.compile(plain, dynamic=False, fullgraph=True, options={"fallback_random": True})
+                begin, cpu = time.perf_counter(), _cpu_seconds()
+                call(fast)
+                figures[f"first call{again}, s"] = time.perf_counter() - begin
+                figures[f"first call{again}, s of CPU"] = _cpu_seconds() - cpu
+        call(fast)
+        call(plain)
+        pairs = [
+            (timed(lambda: call(plain), options.device), timed(lambda: call(fast), options.device))  # noqa: B023
+            for _ in range(5 * options.repeats)
+        ]
+        eager, quick = (min(found) for found in zip(*pairs, strict=True))
+        row[what] = {
+            **{figure: round(value, 1) for figure, value in figures.items()},
+            "eager, ms": round(1e3 * eager, 2),
+            "compiled, ms": round(1e3 * quick, 2),
+            "times faster": round(eager / quick, 2),
+        }
+    return row
 
 
 def _cpu_seconds() -> float:
@@ -214,10 +261,104 @@ def measure(options: argparse.Namespace, preset: str, name: str) -> dict[str, An
         "MiB per sample": {option: round(found, 2) for option, found in memory.items()},
         "maps": maps(flow, options, options.batch[preset]),
     }
-    if options.compile:
-        y, _ = flow.eval().sample(options.batch[preset])
-        row["compile"] = compiled(flow.train(), options, y.float())
     return row
+
+
+def training_by_energy(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """CPU milliseconds of flow, coordinates and energies in a step of the losses variance and kl."""
+    import copy
+
+    import numpy as np
+    from energies import load
+
+    from openmm_bg.coordinates import CoordinateMap
+    from openmm_bg.energy import ContextPool
+    from openmm_bg.training import losses
+
+    import openmm  # isort: skip  (after torch)
+    from openmmtools import testsystems  # isort: skip
+
+    system, positions = load(name)
+    config = TrainingConfig.preset("cpu")
+    batch, drawn, every = config.batch_size, config.buffer.draw_size, config.buffer.draw_every
+    noise = np.random.default_rng(0).normal(0.0, 0.004, (drawn, *positions.shape))
+    frames = positions + noise
+    topology = testsystems.AlanineDipeptideVacuum(constraints=None).topology
+    coordinates = CoordinateMap.fit(topology, frames, representation="full")
+    y, s = coordinates.to_internal(torch.as_tensor(frames))
+    flow = build_flow(coordinates.layout, FlowConfig.preset("cpu")).train()
+    optimizer = torch.optim.Adam(flow.parameters(), lr=0.0, fused=True)
+    log_density = torch.zeros(batch, dtype=torch.float64)
+
+    def updated(loss: torch.Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(flow.parameters()), 5.0, foreach=True)
+        optimizer.step()
+
+    def regress() -> None:
+        with product_precision(config.network_precision):
+            updated(losses.log_variance(flow, y[:batch].float(), log_density, 0.0).loss)
+
+    def draw() -> None:
+        flow.eval()
+        with torch.no_grad():
+            flow.sample(drawn)
+        flow.train()
+
+    def push() -> None:
+        z = flow.sample_base(config.sample_batch).float()
+        moved, log_det = flow(z)
+        updated(moved.square().sum(1).mean() - log_det.mean())
+
+    def place(rows: int, gradient: bool) -> None:
+        leaf = y[:rows].clone().requires_grad_(gradient)
+        x = coordinates.to_positions(leaf, s[:rows])
+        total = coordinates.log_volume(leaf, s[:rows]).sum() + x.sum()
+        if gradient:
+            total.backward()
+
+    calls: dict[str, Callable[[], object]] = {
+        "flow: gradient of log q": regress,
+        "flow: fresh samples": draw,
+        "flow: samples with gradient": push,
+        "coordinates of fresh samples": lambda: place(drawn, False),
+        "coordinates with gradient": lambda: place(config.sample_batch, True),
+    }
+    pools = {}
+    for source in ("twin", "Reference", "CPU"):
+        platform_name = "Reference" if source == "twin" else source
+        platform_of = openmm.Platform.getPlatformByName(platform_name)
+        context = openmm.Context(copy.deepcopy(system), openmm.VerletIntegrator(0.001), platform_of)
+        context.setPositions(positions)
+        pools[source] = pool = ContextPool(context, platform=source, n_workers=1)
+        calls[f"{source}: energies"] = lambda pool=pool: pool.energies(frames)  # type: ignore[misc]
+        few = frames[: config.sample_batch]
+        calls[f"{source}: energies with forces"] = lambda pool=pool, few=few: pool.energies_and_forces(few)  # type: ignore[misc]
+    least = dict.fromkeys(calls, float("inf"))
+    for turn in range(1 + max(3, options.repeats)):
+        for what, call in calls.items():
+            seconds = timed(call, "cpu")
+            if turn:  # the first warms up
+                least[what] = min(least[what], seconds)
+    for pool in pools.values():
+        pool.close()
+    ms = {what: round(1e3 * seconds, 2) for what, seconds in least.items()}
+    flows = (ms["flow: gradient of log q"] + ms["flow: fresh samples"] / every, ms["flow: samples with gradient"])
+    energies = {who: (ms[f"{who}: energies"] / every, ms[f"{who}: energies with forces"]) for who in pools}
+    parts = {
+        "flow": flows,
+        "coordinates": (ms["coordinates of fresh samples"] / every, ms["coordinates with gradient"]),
+        **energies,
+    }
+    return {
+        "molecule": name,
+        "ms of a step": {
+            loss: {who: round(found[i], 2) for who, found in parts.items()} for i, loss in enumerate(("variance", "kl"))
+        },
+        "energies / flow": {who: [round(found[i] / flows[i], 3) for i in (0, 1)] for who, found in energies.items()},
+        "ms of a call": ms,
+    }
 
 
 def main() -> None:
@@ -227,15 +368,28 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="samples of a step; default 256, 16 for paper")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--compile", action="store_true", help="torch.compile too")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, and nothing else")
+    parser.add_argument("--passes", nargs="+", default=["log q", "samples"], choices=["log q", "samples"],
+                        help="what --compile compiles")  # fmt: skip
+    parser.add_argument("--energies", action="store_true", help="training by energy of a dipeptide, and nothing else")
     options = parser.parse_args()
     options.batch = {preset: options.batch or (16 if preset == "paper" else 256) for preset in options.presets}
     print(json.dumps({"machine": platform.processor() or platform.machine(), "torch": torch.__version__,
                       "threads": torch.get_num_threads(), "date": datetime.date.today().isoformat()}))  # fmt: skip
+    if options.energies:
+        for name in ("dipeptide-vacuum", "dipeptide-obc1"):
+            print(json.dumps(training_by_energy(options, name)), flush=True)
+        return
     for preset in options.presets:
         for name in options.layouts:
-            if (preset == "cpu") == (name == "dipeptide"):  # each where it is meant to be used
+            if (preset == "cpu") != (name == "dipeptide"):  # each where it is meant to be used
+                continue
+            if not options.compile:
                 print(json.dumps(measure(options, preset, name)), flush=True)
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+                print(json.dumps(compiled(options, preset, name)), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ import openmm_bg.energy  # noqa: F401  (imported here, not by the forks)
 from openmm_bg.training import LossWeights, Stage, Trainer, losses
 from openmm_bg.training import objective as objective_module
 from openmm_bg.training import trainer as trainer_module
+from openmm_bg.training.compiled import CompiledDensity
 from openmm_bg.training.dataset import Dataset
 from openmm_bg.training.parallel import ProcessRanks, joined
 
@@ -97,6 +99,15 @@ def nudged(ranks, output):
         for parameter in density.parameters():
             parameter.mul_(1.0 + 2.0**-52)
     return curve(ranks, output, density=density)
+
+
+def compiled(ranks, output):
+    """torch traces the flow in each process, and runs what it traced."""
+    objective_module.CompiledDensity = partial(CompiledDensity, backend="eager")
+    made = trainer(ranks, settings={"compile": True})
+    found = result(made, made.run())
+    fits = made.objective._compiled._log_prob is not None
+    return found | {"compiled for": len(made.objective._compiled._example) if fits else None}
 
 
 def without_sum(ranks, output):
@@ -236,7 +247,7 @@ def hangs(ranks, output):
 
 
 SCENARIOS = [
-    (curve, 1), (curve, 2), (nudged, 1), (without_sum, 2), (mean_of_w2, 2),
+    (curve, 1), (curve, 2), (nudged, 1), (compiled, 2), (without_sum, 2), (mean_of_w2, 2),
     (first_half, 2), (resumed, 3), (resumed_dropout, 2), (with_dropout, 2), (own_clock, 2), (one_bad, 2),
     (other_data, 2), (full_disk, 2), (fails, 2), (hangs, 2),
 ]  # fmt: skip

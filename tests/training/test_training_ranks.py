@@ -69,6 +69,14 @@ def test_the_curve_is_that_of_one_process(outcomes, tolerance):
         assert rank["parameters"] == pytest.approx(whole["parameters"], rel=tolerance)
 
 
+def test_each_process_compiles_for_its_share(outcomes, tolerance):
+    """Of 63 rows, 32; batches with rows left out are filled up."""
+    (whole,) = outcomes["curve", 1]
+    for rank in outcomes["compiled", 2]:
+        assert rank["compiled for"] == 32
+        assert largest_difference(whole["rows"], rank["rows"]) < tolerance
+
+
 @pytest.mark.parametrize("error", ["without_sum", "mean_of_w2"])
 def test_a_wrong_way_to_share_is_noticed(outcomes, tolerance, error):
     """Gradients of the own share alone; W2 as a mean over processes."""

@@ -332,9 +332,13 @@ def test_each_loss_is_clipped_before_its_weight(kit, limit):
     generator = torch.Generator().manual_seed(3)
     small, large = (torch.randn(one.shape, generator=generator) for _ in range(2))
     third = torch.randn(other.shape, generator=generator)
-    # as in a step with reverse KL and W2, two of the three share a part of their graph
+    # the samples of reverse KL and W2 are the same: two of the three share a part of their graph
     shared = (one * large).sum()
-    terms = [(1.0, (one * small).sum()), (0.25, 1e4 * shared + (other * third).sum()), (2.0, shared.square())]
+    terms = {
+        "nll": (1.0, (one * small).sum()),
+        "kl": (0.25, 1e4 * shared + (other * third).sum()),
+        "w2": (2.0, shared.square()),
+    }
     norm = trainer._gradients(terms)
 
     def clipped(*parts):
