@@ -153,12 +153,12 @@ BEGINNING = Part("start", 0.2, 1e-3, {"nll": 1.0})
 STAGES = {
     "nsf-nll": [Part("nll", 0.8, 1e-3, {"nll": 1.0})],
     "split-nll": [Part("nll", 0.8, 1e-3, {"nll": 1.0})],
-    "split-nll-kl": [Part("nll+kl", 0.8, 5e-4, {"nll": 1.0, "kl": 1.0}, samples=16)],
+    "split-nll-kl": [Part("nll+kl", 0.8, 3e-4, {"nll": 1.0, "kl": 0.5}, samples=16)],
     "split-nll-w2": [Part("nll+w2", 0.8, 1e-3, {"nll": 1.0, "w2": 1.0})],
     "split-all": [
-        Part("nll+w2", 0.3, 1e-3, {"nll": 1.0, "w2": 1.0}),
-        Part("nll+w2+kl", 0.4, 5e-4, {"nll": 1.0, "w2": 0.5, "kl": 0.5}, samples=32),
-        Part("nll+kl", 0.1, 1e-4, {"nll": 1.0, "kl": 1.0}, samples=16),
+        Part("nll+w2", 0.35, 1e-3, {"nll": 1.0, "w2": 1.0}),
+        Part("nll+w2+kl", 0.4, 3e-4, {"nll": 1.0, "w2": 1.0, "kl": 0.5}, samples=16),
+        Part("nll+kl", 0.05, 1e-4, {"nll": 1.0, "kl": 0.5}, samples=16),
     ],
 }
 
