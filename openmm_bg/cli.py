@@ -170,14 +170,14 @@ def simulate(
 )
 @click.option("--preset", type=click.Choice(["cpu", "protein", "paper"]), default="cpu", show_default=True)
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file instead of a preset.")
-@click.option("--platform", help="OpenMM platform for energies, or twin; default: the fastest, by timing.")
+@click.option("--platform", help="OpenMM platform for energies, twin, or twin:cuda; default: the fastest, by timing.")
 @click.option("--workers", type=int, help="Contexts that evaluate energies; default: by timing.")
 @click.option(
     "--tune",
     type=click.Choice(["quick", "full"]),
     default="quick",
     show_default=True,
-    help="full: time the torch twin of the System too, and remember the choice.",
+    help="full: also time worker processes and the System's torch twin (on a GPU too); the choice is remembered.",
 )
 @click.option("--device", help="Where the flow is trained: cpu (default) or cuda.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run in the same folder.")
@@ -301,14 +301,14 @@ def _train(
 @click.option("--system", "system_file", type=click.Path(path_type=Path), help="Another System (XML) than the flow's.")
 @click.option("--temperature", type=float, help="Kelvin; default: the flow's.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--platform", help="OpenMM platform for energies, or twin; default: the fastest, by timing.")
+@click.option("--platform", help="OpenMM platform for energies, twin, or twin:cuda; default: the fastest, by timing.")
 @click.option("--workers", type=int, help="Contexts that evaluate energies; default: by timing.")
 @click.option(
     "--tune",
     type=click.Choice(["quick", "full"]),
     default="quick",
     show_default=True,
-    help="full: time the torch twin of the System too, and remember the choice.",
+    help="full: also time worker processes and the System's torch twin (on a GPU too); the choice is remembered.",
 )
 @_friendly
 def sample(

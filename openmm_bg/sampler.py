@@ -57,9 +57,10 @@ class BoltzmannGeneratorSampler:
         Of proposals, choices and redrawn velocities.
     platform, n_workers
         Platform and number of the Contexts that evaluate energies; None chooses by timing. "twin": a torch twin of the
-        System evaluates them.
+        System evaluates them; "twin:cuda": on a GPU.
     tune
-        "full" tries the twin too, takes longer, and is remembered (see `openmm_bg.energy.tune`).
+        "full" tries worker processes too, and the twin on the CPU and on a GPU if torch has one; it takes longer and is
+        remembered (see `openmm_bg.energy.tune`).
 
     Attributes
     ----------

@@ -33,7 +33,7 @@ def measure(ends: Tensor, starts: Tensor, positions: Tensor) -> tuple[Tensor, Te
     """
     batch, n = positions.shape[:2]
     atoms = positions.reshape(batch, 3 * n).t().contiguous().view(n, 3, batch)
-    vectors = (atoms.index_select(0, ends) - atoms.index_select(0, starts)).view(3, -1, 3, batch)
+    vectors = (atoms.index_select(0, ends) - atoms.index_select(0, starts)).view(3, len(ends) // 3, 3, batch)
     u, w, _ = vectors.unbind(0)
     planes = torch.linalg.cross(vectors[::2], w.expand(2, *w.shape), dim=2)
     plane, other = planes.unbind(0)

@@ -137,6 +137,8 @@ class FrameTree(nn.Module):
 
     def forward(self, seed: Tensor, r: Tensor, theta: Tensor, phi: Tensor) -> Tensor:
         """Positions [B, N, 3] in the canonical frame from seed [B, 3], r, θ, φ [B, K]; once differentiable."""
+        if not torch.is_grad_enabled():  # what a gradient would need is not kept, nor is a node of the graph made
+            return _reconstruct(self, seed, r, theta, phi)[0]
         positions: Tensor = _Reconstruction.apply(self, seed, r, theta, phi)
         return positions
 
@@ -149,22 +151,34 @@ def _pieces(tree: FrameTree, like: Tensor) -> list[slice]:
     return [slice(start, min(start + size, batch)) for start in range(0, max(batch, 1), size)]
 
 
+def _is_small(tree: FrameTree, like: Tensor) -> bool:
+    """Whether `dense` serves the batch of ``like`` [B, ...]."""
+    return tree.dense and len(like) * tree.n_atoms <= DENSE_BATCH
+
+
+def _reconstruct(
+    tree: FrameTree, seed: Tensor, r: Tensor, theta: Tensor, phi: Tensor
+) -> tuple[Tensor, list[slice], list[Tensor]]:
+    """Positions [B, N, 3], and what their gradient needs of each of the pieces; slots come first and the batch last."""
+    n = tree.n_atoms
+    positions = seed.new_empty((len(seed), n, 3))
+    pieces, kept = _pieces(tree, seed), []
+    place = dense.place if _is_small(tree, seed) else _place
+    for piece in pieces:
+        found, x = place(tree, torch.cat((seed[piece], r[piece], theta[piece], phi[piece]), dim=1))
+        batch = x.shape[-1]
+        positions[piece].view(batch, 3 * n).copy_(x.view(3 * n, batch).t())
+        kept += found
+    return positions, pieces, kept
+
+
 class _Reconstruction(torch.autograd.Function):
-    """Positions and their vector-Jacobian product; in memory slots come first and the batch last."""
+    """Positions and their vector-Jacobian product."""
 
     @staticmethod
     def forward(ctx: Any, tree: FrameTree, seed: Tensor, r: Tensor, theta: Tensor, phi: Tensor) -> Tensor:
-        n = r.shape[1] + 3
-        positions = seed.new_empty((len(seed), n, 3))
-        pieces, kept = _pieces(tree, seed), []
-        small = tree.dense and len(seed) * n <= DENSE_BATCH
-        place = dense.place if small else _place
-        for piece in pieces:
-            found, x = place(tree, torch.cat((seed[piece], r[piece], theta[piece], phi[piece]), dim=1))
-            batch = x.shape[-1]
-            positions[piece].view(batch, 3 * n).copy_(x.view(3 * n, batch).t())
-            kept += found
-        ctx.tree, ctx.pieces, ctx.small = tree, pieces, small
+        positions, pieces, kept = _reconstruct(tree, seed, r, theta, phi)
+        ctx.tree, ctx.pieces, ctx.small = tree, pieces, _is_small(tree, seed)
         ctx.save_for_backward(*kept)
         return positions
 

@@ -7,6 +7,7 @@ of its file. Nothing depends on the file: without it, the choice is made again.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import logging
 import math
@@ -23,6 +24,7 @@ import torch
 import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only then)
 
 from .twin.kernels import cache_folder, compiler
+from .twin_workers import TWIN, TWIN_ON_GPU, gpu_name
 from .workers import usable_cores
 
 logger = logging.getLogger(__name__)
@@ -30,8 +32,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Choice:
-    """Platform (or "twin"), number of workers, the frames per second that they were chosen for, whether the workers are
-    processes, and whether an equal force stands in for the solvent's.
+    """Platform (or one of `TWINS`), number of workers, the frames per second that they were chosen for, whether the
+    workers are processes, and whether an equal force stands in for the solvent's.
     """
 
     platform: str
@@ -50,7 +52,8 @@ def load_choice(digest: str) -> Choice | None:
     try:
         found = json.loads(_path(conditions).read_text(encoding="utf-8"))
         choice = Choice(**found["choice"])
-        known = choice.platform == "twin" or choice.platform in conditions["platforms"]
+        twins = [TWIN, TWIN_ON_GPU] if conditions["gpu"] else [TWIN]
+        known = choice.platform in [*twins, *conditions["platforms"]]
         counts = isinstance(choice.n_workers, int) and choice.n_workers >= 1
         if found["conditions"] == conditions and known and counts and math.isfinite(choice.frames_per_second):
             return choice
@@ -98,6 +101,8 @@ def _conditions(digest: str) -> dict[str, Any]:
         "cores": len(usable_cores()),
         "processes": os.environ.get("LOCAL_WORLD_SIZE", "1"),  # of one training, which share the cores
         "compiler": compiler() is not None,
+        "gpu": gpu_name(),
+        "triton": importlib.util.find_spec("triton") is not None,  # the compiler for a GPU
         "platforms": [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())],
         "openmm": openmm.Platform.getOpenMMVersion(),
         "torch": torch.__version__,

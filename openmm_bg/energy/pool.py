@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only then)
 
@@ -26,7 +27,7 @@ from .snapshot import (
     read_state,
 )
 from .tuning import Effort, Tuning, check_choice, find_equal, find_fastest
-from .twin_workers import TWIN, TwinWorkers, default_threads
+from .twin_workers import TWINS, TwinWorkers, default_threads
 from .workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -47,10 +48,11 @@ class ContextPool:
     context
         The user's Context, with positions set and a finite energy.
     platform
-        Platform of the clones, or "twin". None: timed (see `tune`), and possibly another than the Context's own. Where
-        no twin can be made of the System, or it differs from the Context, clones are used, and one sentence says so.
+        Platform of the clones; or "twin", on the CPU, or "twin:cuda", on torch's current CUDA device (which has never
+        been tried on a GPU). None: timed (see `tune`), and possibly another than the Context's own. Where no twin can
+        be made of the System, or it differs from the Context, clones are used, and one sentence says so.
     n_workers
-        Number of clones, or threads of the twin. None: timed; for ``platform="twin"``, all usable cores.
+        Number of clones, or threads of the twin; one on a GPU. None: timed; for ``platform="twin"``, all usable cores.
     positions
         [F, N, 3] nm, frames to time on; default the Context's own.
     processes
@@ -59,19 +61,21 @@ class ContextPool:
     equal_solvent
         False: a CustomGBForce is evaluated as it is.
     tune
-        "full" times processes and the twin too, takes longer, and keeps what it finds for later pools of the same
-        System on the same machine (see `tune`); "quick" takes that up, or times clones in a second or two.
+        "full" times processes and the twin (on a GPU too, if torch has one) as well, takes longer, and keeps what it
+        finds for later pools of the same System on the same machine (see `tune`); "quick" takes that up, or times
+        clones in a second or two.
 
     Attributes
     ----------
     n_atoms, platform, n_workers, processes, equal_solvent
-        What was chosen; of the twin, "twin" and its number of threads.
+        What was chosen; of the twin, "twin" and its number of threads, or "twin:cuda" and 1.
     tuning
         Report of the timing, or None if there was none.
     n_energies
         Frames that were evaluated.
     n_nonfinite
-        Frames whose energy came out as +inf: positions not finite, energy not finite, or OpenMM raised.
+        Frames whose energy came out as +inf: positions not finite, energy not finite, or OpenMM raised. To ask for
+        either count waits for a GPU that is at work for `evaluate_on_device`.
 
     Raises
     ------
@@ -99,27 +103,27 @@ class ContextPool:
         tune: Effort = "quick",
     ) -> None:
         check_choice(platform, n_workers, tune)
-        if processes and platform == TWIN:
+        if processes and platform in TWINS:
             raise InputError(
                 "processes are for Contexts: name another platform than 'twin', or let threads do the work."
             )
         self.context = context
         self.n_atoms: int = context.getSystem().getNumParticles()
         self.tuning: Tuning | None = None
-        self.n_energies = 0
-        self.n_nonfinite = 0
+        self._counts = [0, 0]
+        self._counts_there: Tensor | None = None  # those to be added, on the device where they were made
         self._warned_failure = False
         self._warned_unpushed = False
         self._fingerprint = fingerprint(context.getSystem())
         self._workers: Workers | ProcessWorkers | TwinWorkers
         self._slack = 0.0  # of the equal solvent, kJ/mol
         state = read_state(context)
-        self._equal = find_equal(context, state, positions) if equal_solvent and platform != TWIN else None
+        self._equal = find_equal(context, state, positions) if equal_solvent and platform not in TWINS else None
         self._wants_equal = self._equal is not None
         self.equal_solvent = False
         self._in_processes = bool(processes)
         name, count, ready = platform, n_workers, None
-        if platform == TWIN:
+        if platform in TWINS:
             count = n_workers or default_threads()
         elif name is None or count is None:
             self.tuning, ready = find_fastest(
@@ -134,7 +138,7 @@ class ContextPool:
             )
             name, count = self._take(self.tuning)
         assert name is not None and count is not None
-        if name == TWIN:
+        if name in TWINS:
             try:
                 self._start(name, count, state, ready)
                 return
@@ -194,7 +198,7 @@ class ContextPool:
 
     @property
     def platform(self) -> str:
-        """Name of the clones' platform, or "twin"."""
+        """Name of the clones' platform, or "twin", or "twin:cuda"."""
         return self._workers.platform
 
     @property
@@ -206,6 +210,31 @@ class ContextPool:
     def processes(self) -> bool:
         """Whether each clone has a process of its own."""
         return isinstance(self._workers, ProcessWorkers)
+
+    @property
+    def n_energies(self) -> int:
+        """Frames that were evaluated."""
+        return self._counted()[0]
+
+    @n_energies.setter
+    def n_energies(self, count: int) -> None:
+        self._counted()[0] = count
+
+    @property
+    def n_nonfinite(self) -> int:
+        """Frames whose energy came out as +inf."""
+        return self._counted()[1]
+
+    @n_nonfinite.setter
+    def n_nonfinite(self, count: int) -> None:
+        self._counted()[1] = count
+
+    def _counted(self) -> list[int]:
+        """Both counts, with those that lay on a device."""
+        if self._counts_there is not None:
+            there, self._counts_there = self._counts_there, None
+            self._counts = [count + more for count, more in zip(self._counts, there.tolist(), strict=True)]
+        return self._counts
 
     def __enter__(self) -> ContextPool:
         return self
@@ -251,6 +280,33 @@ class ContextPool:
         energies, forces = self._evaluate(positions, forces=True)
         assert forces is not None
         return energies, forces
+
+    def evaluate_on_device(self, positions: Tensor, *, forces: bool = True) -> tuple[Tensor, Tensor | None]:
+        """As `energies_and_forces`, in tensors on the device of the positions, outside of any graph.
+
+        Where the pool's twin is on that device, a GPU, nothing leaves it and nothing waits for it. Everything else is
+        evaluated on the host, and sent there.
+
+        Parameters
+        ----------
+        positions
+            [B, N, 3] nm.
+        forces
+            Whether forces are wanted.
+
+        Returns
+        -------
+        tuple
+            Energies [B] in kJ/mol, and forces [B, N, 3] in kJ/mol/nm or None, both float64.
+        """
+        workers = self._workers
+        if isinstance(workers, TwinWorkers) and workers.holds(positions):
+            found, found_forces, counts = workers.evaluate_on_device(positions, forces=forces)
+            self._counts_there = counts if self._counts_there is None else self._counts_there + counts
+            return found, found_forces
+        energies, out = self._evaluate(positions, forces=forces)
+        device = positions.device
+        return torch.from_numpy(energies).to(device), None if out is None else torch.from_numpy(out).to(device)
 
     def sync(self) -> tuple[NDArray[np.float64], float]:
         """Follow the user's Context: global parameters, box, and force parameters.
@@ -315,8 +371,8 @@ class ContextPool:
                     "reinitialize); energies follow the Context."
                 )
             return energy
-        copy = "torch twin" if self.platform == TWIN else "copy"
-        where = "" if self.platform == TWIN else f" on {self.platform}"
+        copy = "torch twin" if self.platform in TWINS else "copy"
+        where = "" if self.platform in TWINS else f" on {self.platform}"
         raise EnergyError(
             f"A {copy} of the Context's System{where} differs from the Context by {fresh_energy - state.energy:.6g} "
             f"kJ/mol at its positions (rounding allows {fresh_tolerance:.2g}): call updateParametersInContext "
@@ -341,9 +397,9 @@ class ContextPool:
         return energy, energy_tolerance(state, groups, double=double, same_platform=same) + slack
 
     def _make_workers(self, platform: str, count: int, state: ContextState) -> Workers | ProcessWorkers | TwinWorkers:
-        if platform == TWIN:
+        if platform in TWINS:
             try:
-                return TwinWorkers(clone_system(self.context), state, count)
+                return TwinWorkers(clone_system(self.context), state, count, platform)
             except InputError as error:
                 raise EnergyError(str(error)) from error
         equal = self._solvent_of_clones(state)
@@ -363,8 +419,8 @@ class ContextPool:
         energies[bad] = np.inf
         if out is not None and (bad.any() or not np.isfinite(out).all()):
             out[bad | ~np.isfinite(out).all(axis=(1, 2))] = 0.0
-        self.n_energies += len(rows)
-        self.n_nonfinite += int(bad.sum())
+        self._counts[0] += len(rows)
+        self._counts[1] += int(bad.sum())
         if self._workers.failure is not None and not self._warned_failure:
             self._warned_failure = True
             logger.warning("OpenMM could not evaluate a frame, which counts as +inf: %s", self._workers.failure)

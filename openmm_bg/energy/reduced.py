@@ -52,11 +52,12 @@ def thermal_energy(temperature: Any) -> float:
 class _ReducedEnergy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, positions: Tensor, pool: ContextPool, kT: float) -> Tensor:
-        energies, forces = pool.energies_and_forces(positions)
-        u = torch.from_numpy(energies / kT).to(positions.device)
+        energies, forces = pool.evaluate_on_device(positions)
+        assert forces is not None
+        u = energies / kT
         # In double precision to the end: the slopes of clashes overflow single precision, their products with
         # the small factor that a regulariser sends back do not.
-        ctx.save_for_backward(torch.from_numpy(forces / -kT).to(positions.device), torch.isfinite(u))
+        ctx.save_for_backward(forces / -kT, torch.isfinite(u))
         ctx.dtype = positions.dtype
         return u
 
@@ -84,7 +85,8 @@ def reduced_energy(positions: Tensor, pool: ContextPool, temperature: Any) -> Te
     Returns
     -------
     Tensor
-        [B] float64; +inf where the energy is not finite, with gradient zero there. Differentiable once.
+        [B] float64 on the device of the positions; +inf where the energy is not finite, with gradient zero there.
+        Differentiable once. Nothing leaves a GPU that holds the pool's twin as well.
 
     Raises
     ------
@@ -97,4 +99,4 @@ def reduced_energy(positions: Tensor, pool: ContextPool, temperature: Any) -> Te
     if torch.is_grad_enabled() and positions.requires_grad:
         result: Tensor = _ReducedEnergy.apply(positions, pool, kT)
         return result
-    return torch.from_numpy(pool.energies(positions) / kT).to(positions.device)
+    return pool.evaluate_on_device(positions, forces=False)[0] / kT

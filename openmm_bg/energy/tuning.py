@@ -26,7 +26,7 @@ from .choices import Choice, keep_choice, load_choice
 from .implicit_solvent import EqualSolvent, find_equal_solvent
 from .process_workers import ProcessWorkers
 from .snapshot import ContextState, clone_system, digest_system, platform_properties, read_state
-from .twin_workers import JITTER, TWIN, TwinWorkers, default_threads
+from .twin_workers import JITTER, TWIN, TWIN_ON_GPU, TWINS, TwinWorkers, default_threads, twin_names
 from .workers import Workers, usable_cores
 
 logger = logging.getLogger(__name__)
@@ -69,8 +69,8 @@ FRAME_ATOMS = 1_000_000
 
 @dataclass(frozen=True)
 class TuningRow:
-    """One candidate: platform (or "twin"), number of Contexts (or threads), frames per second (None if not timed) and
-    why not, whether each Context has a process of its own, and whether GBSAOBCForce stands in for an equal
+    """One candidate: platform (or one of `TWINS`), number of Contexts (or threads), frames per second (None if not
+    timed) and why not, whether each Context has a process of its own, and whether GBSAOBCForce stands in for an equal
     CustomGBForce.
     """
 
@@ -102,7 +102,9 @@ class Tuning:
     def __str__(self) -> str:
         n = self.chosen.n_workers
         where = (
-            f"{n} thread(s) of a torch twin of the System"
+            "a torch twin of the System on the GPU"
+            if self.chosen.platform == TWIN_ON_GPU
+            else f"{n} thread(s) of a torch twin of the System"
             if self.chosen.platform == TWIN
             else f"{n} process(es) with a Context each on {self.chosen.platform}"
             if self.chosen.processes
@@ -142,14 +144,14 @@ def tune(
     context
         Context with positions; it is read only.
     platform, n_workers
-        Fix one of the two; None means to be found. The platform may be "twin".
+        Fix one of the two; None means to be found. The platform may be "twin", or "twin:cuda" where torch has a GPU.
     positions
         [F, N, 3] nm, finite frames like those to come; default the Context's own positions.
     effort
-        "full" takes longer for each candidate to be timed, and tries worker processes and the System's torch twin too,
-        which may take seconds to compile. What it finds is kept in the user's cache folder, and "quick" takes that up,
-        without timing, for the same System, machine and versions. Nothing is kept or taken up where platform or
-        n_workers is named, and no twin is tried where platform is.
+        "full" takes longer for each candidate to be timed, and tries worker processes and the System's torch twin too
+        (on the CPU, and on torch's GPU if there is one), which may take seconds to compile. What it finds is kept in
+        the user's cache folder, and "quick" takes that up, without timing, for the same System, machine and versions.
+        Nothing is kept or taken up where platform or n_workers is named, and no twin is tried where platform is.
 
     Returns
     -------
@@ -164,7 +166,7 @@ def tune(
     EnergyError
         No candidate could be timed.
     """
-    equal = find_equal(context, read_state(context), positions) if platform != TWIN else None
+    equal = find_equal(context, read_state(context), positions) if platform not in TWINS else None
     report, ready = find_fastest(
         context, platform=platform, n_workers=n_workers, positions=positions, effort=effort, equal=equal
     )
@@ -228,9 +230,9 @@ def find_fastest(
     system = clone_system(context)
     forms = ([(True, equal.system)] if equal is not None else []) + [(False, system)]
     rows: list[TuningRow] = []
-    twin: TwinWorkers | None = None
+    twins: dict[str, TwinWorkers] = {}
     process_workers: ProcessWorkers | None = None
-    if platform != TWIN:
+    if platform not in TWINS:
         names = [platform] if platform is not None else _platforms(context)
         if processes and platform is None:
             names = [name for name in names if name in HOST_PLATFORMS]
@@ -240,10 +242,14 @@ def find_fastest(
             context, forms, state, frames, names, counts, deadline, ProcessWorkers if processes else Workers
         )
     twin_rows: list[TuningRow] = []
-    if platform == TWIN or (platform is None and effort == "full" and not processes):
+    named = [platform] if platform is not None and platform in TWINS else []
+    for name in twin_names() if platform is None and effort == "full" and not processes else named:
         threads = [n_workers] if n_workers is not None else _counts(default_threads())
-        twin_rows, twin = _time_twin(system, state, frames, threads)
-    if platform != TWIN and effort == "full" and processes is None:
+        found, twin = _time_twin(system, state, frames, threads if name == TWIN else [1], name)
+        twin_rows += found
+        if twin is not None:
+            twins[name] = twin
+    if platform not in TWINS and effort == "full" and processes is None:
         # Last, for they are not started where they could not win; the twin's rows stay at the end of the report.
         found, process_workers = _time_processes(context, dict(forms), state, frames, n_workers, [*rows, *twin_rows])
         rows += found
@@ -255,8 +261,8 @@ def find_fastest(
         raise EnergyError(f"No platform could evaluate the System in a copy of the Context ({reasons}).")
     chosen = max(timed, key=lambda row: (row.frames_per_second or 0.0) / (PROCESS_GAIN if row.processes else 1.0))
     ready: TwinWorkers | ProcessWorkers | None = None
-    if twin is not None:
-        if chosen.platform == TWIN:
+    for name, twin in twins.items():
+        if chosen.platform == name:
             twin.set_threads(chosen.n_workers)
             ready = twin
         else:
@@ -369,20 +375,28 @@ def _time_processes(
 
 
 def _time_twin(
-    system: openmm.System, state: ContextState, frames: NDArray[np.float64], counts: list[int]
+    system: openmm.System, state: ContextState, frames: NDArray[np.float64], counts: list[int], name: str
 ) -> tuple[list[TuningRow], TwinWorkers | None]:
-    """The twin's rows, one for each number of threads, and the twin unless it cannot be had."""
+    """A twin's rows, one for each number of threads, and the twin unless it cannot be had.
+
+    On a GPU, frames and forces travel there and back, as those of a sampler do, and the clock stops when they are here.
+    """
     try:
-        twin = TwinWorkers(system, state, counts[0])
+        twin = TwinWorkers(system, state, counts[0], name)
     except (InputError, EnergyError) as error:
-        return [TuningRow(TWIN, counts[0], None, str(error).rstrip("."))], None
+        return [TuningRow(name, counts[0], None, str(error).rstrip("."))], None
     rows: list[TuningRow] = []
     for n in counts:
         twin.set_threads(n)
-        first = TWIN_FRAMES * n
-        twin.evaluate(frames[:first], list(range(len(frames[:first]))), forces=True)  # its first call starts threads
-        rate = _rate(twin, frames, hopeless_below=0.0, scaling=1.0, seconds_allowed=TWIN_SECONDS, first=first)
-        rows.append(TuningRow(TWIN, n, rate, "compiled" if twin.twin.compiled else "not compiled"))
+        first = len(frames) if twin.on_gpu else TWIN_FRAMES * n  # launches cost a GPU the same for one frame and all
+        try:
+            # Its first call starts threads, or fills the GPU's memory.
+            twin.evaluate(frames[:first], list(range(len(frames[:first]))), forces=True)
+            rate = _rate(twin, frames, hopeless_below=0.0, scaling=1.0, seconds_allowed=TWIN_SECONDS, first=first)
+        except EnergyError as error:  # of a GPU
+            twin.close()
+            return [TuningRow(name, n, None, str(error).rstrip("."))], None
+        rows.append(TuningRow(name, n, rate, "compiled" if twin.twin.compiled else "not compiled"))
     return rows, twin
 
 
@@ -392,6 +406,8 @@ def check_choice(platform: str | None, n_workers: int | None, effort: str | None
     Without an effort, Contexts are wanted, and "twin" is no platform.
     """
     names = platform_names() + ([] if effort is None else [TWIN])
+    if platform is not None and platform not in names and effort is not None:
+        names += [name for name in twin_names() if name not in names]  # only now, for it wakes the GPU
     if platform is not None and platform not in names:
         raise InputError(f"There is no platform {platform!r} here: name one of {', '.join(names)}.")
     if n_workers is not None and (isinstance(n_workers, bool) or int(n_workers) != n_workers or n_workers < 1):

@@ -1,23 +1,32 @@
-"""A torch twin in the place of a pool's Contexts."""
+"""A torch twin in the place of a pool's Contexts, on the CPU or on a GPU."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only then)
 
 from ..errors import EnergyError
+from .arrays import FARTHEST
 from .snapshot import ContextState
 from .twin import SystemTwin
 from .workers import usable_cores
 
-#: What a pool calls the twin where it would name a platform.
+logger = logging.getLogger(__name__)
+
+#: What a pool calls the twin where it would name a platform: on the CPU, and on torch's current CUDA device.
 TWIN = "twin"
+TWIN_ON_GPU = "twin:cuda"
+TWINS = (TWIN, TWIN_ON_GPU)
 
 #: Displacement of the second frame that a twin is compared with OpenMM on, nm: the first may lie in a minimum, where
 #: forces vanish.
@@ -30,8 +39,36 @@ def default_threads() -> int:
     return max(1, len(usable_cores()) // processes)
 
 
+def gpu() -> torch.device | None:
+    """Torch's current CUDA device, by its number, or None if there is none that can be used."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        device = torch.device("cuda", torch.cuda.current_device())
+        torch.zeros(1, device=device)
+    except RuntimeError as error:
+        logger.debug("Torch's CUDA device cannot be used: %s", error)
+        return None
+    return device
+
+
+def gpu_name() -> str:
+    """What the device of `gpu` is called; empty if there is none."""
+    device = gpu()
+    return "" if device is None else torch.cuda.get_device_name(device)
+
+
+def twin_names() -> list[str]:
+    """The twins that can be had here, by the names that a pool has for them."""
+    return [TWIN] if gpu() is None else [TWIN, TWIN_ON_GPU]
+
+
 class TwinWorkers:
-    """A compiled float64 twin behind the methods of `Workers`.
+    """A float64 twin behind the methods of `Workers`, its loops over pairs compiled where that is possible.
+
+    On a GPU it is float64 too, though single precision is faster there: exact weights are made of small differences of
+    energies, and a pool holds a double twin to the rounding of double precision (`energy_tolerance`), wherever it is.
+    **None has ever run on a GPU**: what is here has been run with the CPU in its place.
 
     Parameters
     ----------
@@ -40,22 +77,25 @@ class TwinWorkers:
     state
         Positions on which the twin is compared with OpenMM, and global parameters.
     n
-        Threads.
+        Threads; of no meaning on a GPU.
+    platform
+        Which of `TWINS`.
 
     Raises
     ------
     InputError
         A System that no twin can be made of.
     EnergyError
-        The twin differs from OpenMM.
+        The twin differs from OpenMM, or the GPU cannot be used.
     """
 
-    platform = TWIN
     double = True
     failure: str | None = None
 
-    def __init__(self, system: openmm.System, state: ContextState, n: int) -> None:
-        self.n = n
+    def __init__(self, system: openmm.System, state: ContextState, n: int, platform: str = TWIN) -> None:
+        self.platform = platform
+        self.on_gpu = platform == TWIN_ON_GPU
+        self.n = 1 if self.on_gpu else n
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._closed = False
@@ -63,13 +103,25 @@ class TwinWorkers:
         frames = np.stack((state.positions, state.positions + noise))
         known = _global_parameters(system)
         parameters = {name: value for name, value in state.parameters.items() if name in known}
-        self.twin = SystemTwin(system, frames, dtype=torch.float64, compile=True, n_threads=n, parameters=parameters)
+        device = gpu() if self.on_gpu else torch.device("cpu")
+        if device is None:
+            raise EnergyError("Torch has no CUDA device here that can be used.")
+        with self._telling():
+            self.twin = SystemTwin(
+                system,
+                frames,
+                dtype=torch.float64,
+                device=device,
+                compile=None if self.on_gpu else True,  # None: with Triton
+                n_threads=self.n,
+                parameters=parameters,
+            )
 
     def set_threads(self, n: int) -> None:
-        """Use another number of threads."""
+        """Use another number of threads; on a GPU it stays at one."""
         with self._lock:
             self.twin.close()
-            self.twin.n_threads = self.n = n
+            self.twin.n_threads = self.n = 1 if self.on_gpu else n
 
     def close(self) -> None:
         """End the threads. Safe to repeat."""
@@ -93,10 +145,7 @@ class TwinWorkers:
         self, positions: NDArray[np.float64], rows: list[int], *, forces: bool
     ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
         """Evaluate the given rows of a batch; all others get +inf and zero forces. As `Workers.evaluate`."""
-        if self._closed:
-            raise EnergyError("The pool is closed: make another one.")
-        if self._pid != os.getpid():
-            raise EnergyError("A pool does not survive a fork: make one in each process.")
+        self._require_alive()
         if len(rows) < len(positions):
             energies = np.full(len(positions), np.inf)
             out = np.zeros(positions.shape) if forces else None
@@ -105,8 +154,47 @@ class TwinWorkers:
                 if out is not None:
                     out[rows] = found
             return energies, out
-        with self._lock:
+        with self._lock, self._telling():
             return self.twin.energies_and_forces(positions) if forces else (self.twin.energies(positions), None)
+
+    def holds(self, positions: Tensor) -> bool:
+        """Whether the twin is on a GPU, and positions are there too."""
+        return self.on_gpu and positions.device == self.twin.device
+
+    def evaluate_on_device(self, positions: Tensor, *, forces: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Evaluate positions that the twin `holds`, without waiting for the GPU.
+
+        Returns
+        -------
+        tuple
+            Energies [B] float64 in kJ/mol, +inf where positions or energy are not finite; forces [B, N, 3] float64 in
+            kJ/mol/nm (zero there) or None; and int64 [2], how many frames had finite positions, and how many came out
+            as +inf. All on the GPU.
+        """
+        self._require_alive()
+        # First of all: the twin moves a molecule to the origin, and single precision would round it again there.
+        frames = positions.detach().to(torch.float64)
+        with self._lock, self._telling():
+            energies, found = self.twin.evaluate(frames, forces=forces)
+        sound = (frames.abs() < FARTHEST).flatten(1).all(dim=1)  # NaN compares as False
+        return energies, found, torch.stack((sound.sum(), torch.isinf(energies).sum()))
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Say of errors of a GPU, be they its driver's, Triton's or torch's, that they are."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not self.on_gpu or isinstance(error, EnergyError):
+                raise
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise EnergyError(f"The GPU cannot evaluate the System ({lines[0].rstrip('.')}).") from error
+
+    def _require_alive(self) -> None:
+        if self._closed:
+            raise EnergyError("The pool is closed: make another one.")
+        if self._pid != os.getpid():
+            raise EnergyError("A pool does not survive a fork: make one in each process.")
 
 
 def _global_parameters(system: openmm.System) -> set[str]:

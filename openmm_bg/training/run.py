@@ -87,9 +87,10 @@ def train(
         Continue from the checkpoint in ``directory``.
     platform, n_workers
         Of the Contexts that evaluate energies, in each process; None chooses by timing. "twin": a torch twin of the
-        System evaluates them.
+        System evaluates them; "twin:cuda": on a GPU, where samples of a flow that is trained there stay.
     tune
-        "full" tries the twin too, takes longer, and is remembered (see `openmm_bg.energy.tune`).
+        "full" tries worker processes too, and the twin on the CPU and on a GPU if torch has one; it takes longer and is
+        remembered (see `openmm_bg.energy.tune`).
     device
         Where the flow is trained, "cpu" (the default) or "cuda".
     progress
@@ -426,7 +427,7 @@ def _contexts_on_gpu(index: int) -> Iterator[None]:
 
 
 def _platform(name: str | None) -> tuple[openmm.Platform, ...]:
-    if name is None or name == "twin":
+    if name is None or name in ("twin", "twin:cuda"):
         # Only a holder of positions and parameters; the pool times every platform for the real work.
         name = "Reference"
     names = [openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())]
