@@ -211,16 +211,24 @@ def train(
       torchrun --nproc-per-node 2 -m openmm_bg.cli train md/ -o model/ --preset protein
       openmm-bg train --system system.xml --topology top.pdb --trajectory traj.dcd --temperature 300 -o model/
     """
+    from openmm_bg.training.config import TrainingConfig
     from openmm_bg.training.parallel import joined_to_tell_once
 
     if representation is None:
         representation = "reduced" if config_file is None and preset in ("protein", "paper") else "full"
+        if config_file is not None:  # a file made from the presets protein or paper says nothing of this choice
+            logging.getLogger(__name__).info(
+                "%s comes without --representation: every coordinate is modelled (full); the presets protein and paper "
+                "take --representation reduced.",
+                config_file,
+            )
     with joined_to_tell_once(device or "cpu") as ranks:
         if not ranks.is_main:
             logging.getLogger("openmm_bg").setLevel(logging.ERROR)  # the main process says it
         record, n_modelled = _train(
             folder, system_file, topology_file, trajectory_files, temperature, output, log_weights, representation,
-            config_file if config_file is not None else preset, platform, workers, tune, device, resume,
+            config_file if config_file is not None else TrainingConfig.preset(preset),  # type: ignore[arg-type]
+            platform, workers, tune, device, resume,
         )  # fmt: skip
     if ranks.is_main:
         click.echo(

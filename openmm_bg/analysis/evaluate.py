@@ -29,7 +29,7 @@ from openmm_bg.analysis.evaluation_input import MIN_FRAMES, check_frames
 from openmm_bg.analysis.novelty import heavy_atoms, minimise, nearest_rmsd
 from openmm_bg.analysis.residues import chi_distances, ramachandran_distances, residue_rmsf
 from openmm_bg.artifact import Flow, topology_digest
-from openmm_bg.coordinates import MoleculeGraph
+from openmm_bg.coordinates import MoleculeGraph, reduction_rmsd
 from openmm_bg.energy import make_context
 from openmm_bg.errors import InputError
 from openmm_bg.sampler import BoltzmannGeneratorSampler
@@ -39,6 +39,8 @@ Bar = Callable[[int], object]
 
 #: Frames in which clashes are counted, of each kind: pairs of atoms are many.
 CLASH_FRAMES = 2000
+#: Held-out frames whose frozen copies are looked at.
+FROZEN_FRAMES = 500
 #: Held-out frames from which partial moves start.
 MOVE_FRAMES = 32
 #: Generated and held-out frames whose nearest known frame is looked for.
@@ -147,6 +149,7 @@ def evaluate(
     ) as sampler:
         figures["about"]["platform"] = sampler.pool.platform
         material = _density_part(figures, notes, several, sampler, data, n_samples, seed, progress)
+        figures["reduction"] = _reduction(flow, data)
         generated = material.generated
         if len(generated) == 0:
             raise InputError("Not one sample lies in the domain of the coordinates: the flow is not fit for use.")
@@ -247,6 +250,19 @@ def _density_part(
     if len(found.positions) < n_samples:
         notes.append(f"{n_samples - len(found.positions)} samples lie outside the domain of the coordinates.")
     return material
+
+
+def _reduction(flow: Flow, data: Frames) -> dict[str, float] | None:
+    """RMSD (Å) from MD frames to their copies at typical values of what a `reduced` flow does not model."""
+    if flow.representation != "reduced":
+        return None
+    some = _evenly(data, FROZEN_FRAMES)
+    found = reduction_rmsd(flow.coordinates, flow.topology, some)
+    figures: dict[str, float] = {"frames": len(some)}
+    for name in ("heavy", "backbone"):
+        values = 10.0 * getattr(found, name)
+        figures |= {name: float(values.mean()), f"{name}_largest": float(values.max())}
+    return figures
 
 
 def _structure_part(

@@ -42,9 +42,9 @@ class Evaluation:
     Parameters
     ----------
     figures : dict
-        Sections ``delta_d``, ``energies``, ``nll``, ``weights``, ``moves``, ``rmsf``, ``ramachandran``, ``chi``,
-        ``clashes``, ``chirality``, ``cis_amides``, ``novelty``, ``embedding``, as the functions of this room return
-        them, and ``about``. A section that the molecule does not have is None.
+        Sections ``delta_d``, ``energies``, ``nll``, ``weights``, ``moves``, ``reduction``, ``rmsf``, ``ramachandran``,
+        ``chi``, ``clashes``, ``chirality``, ``cis_amides``, ``novelty``, ``embedding``, as the functions of this room
+        return them, and ``about``. A section that the molecule or the representation does not have is None.
     notes : tuple of str
         Sentences on what was left out or done with less than was asked.
     material : Material, optional
@@ -167,6 +167,16 @@ def _weights(figures: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _residues(figures: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
+    reduction = figures["reduction"]
+    if reduction is not None:
+        rows.append(
+            (
+                "RMSD that `reduced` costs, Å",
+                f"heavy atoms {reduction['heavy']:.2f} (at most {reduction['heavy_largest']:.2f}), backbone "
+                f"{reduction['backbone']:.2f} (at most {reduction['backbone_largest']:.2f}); {reduction['frames']} "
+                "held-out frames and their copies at typical lengths and stiff angles",
+            )
+        )
     if figures["rmsf"]:
         ours, theirs = (np.array([row[k] for row in figures["rmsf"]]) for k in ("generated", "data"))
         worst = figures["rmsf"][int(np.abs(ours - theirs).argmax())]

@@ -358,6 +358,7 @@ class ContextPool:
         if abs(fresh_energy - state.energy) <= fresh_tolerance:
             # Also if the old clones agree: the change may not show at these positions, and a System that is
             # edited is normally pushed.
+            self._counted()  # those that wait on a device, for the next twin may be on another
             self._workers.close()
             self._workers, self._fingerprint = fresh, found
             logger.debug("Clones or twin were made afresh from the Context's System.")

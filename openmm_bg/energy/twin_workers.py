@@ -53,9 +53,12 @@ def gpu() -> torch.device | None:
 
 
 def gpu_name() -> str:
-    """What the device of `gpu` is called; empty if there is none."""
-    device = gpu()
-    return "" if device is None else torch.cuda.get_device_name(device)
+    """What torch's current CUDA device is called, without any work or memory on it; empty if there is none."""
+    try:
+        return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else ""
+    except RuntimeError as error:
+        logger.debug("Torch's CUDA device has no name: %s", error)
+        return ""
 
 
 def twin_names() -> list[str]:
@@ -133,7 +136,7 @@ class TwinWorkers:
         now = self.twin.parameters
         changed = {name: v for name, v in state.parameters.items() if name in now and now[name] != v}
         if changed:
-            with self._lock:
+            with self._lock, self._telling():
                 self.twin.set_parameters(changed)
 
     def group_energies(self, positions: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:

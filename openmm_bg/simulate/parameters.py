@@ -88,7 +88,7 @@ def prepare(
         raise InputError(f"{path} has {len(water)} water molecules: strip them with ParmEd, solvent is implicit.")
     topology.setPeriodicBoxVectors(None)
     system.setDefaultPeriodicBoxVectors([2, 0, 0], [0, 2, 0], [0, 0, 2])  # OpenMM's own default: there is no box
-    x = _read_positions(positions)
+    x = _read_positions(positions, amber=path.suffix.lower() in AMBER)
     if len(x) != topology.getNumAtoms():
         raise InputError(f"{positions} has {len(x)} atoms, {path} has {topology.getNumAtoms()}.")
     for a, b in topology.bonds():
@@ -121,13 +121,13 @@ def _read(
     return charmm.topology, charmm.createSystem(known, implicitSolvent=implicit, **common)
 
 
-def _read_positions(path: Path) -> NDArray[np.float64]:
-    """[N, 3] nm."""
+def _read_positions(path: Path, amber: bool) -> NDArray[np.float64]:
+    """[N, 3] nm; Amber's programs and CHARMM's both write .crd, each its own format."""
     if is_structure(path):
         return np.array(read_structure(path).getPositions(asNumpy=True)._value, dtype=np.float64)
     readers = {
-        ".inpcrd": app.AmberInpcrdFile, ".rst7": app.AmberInpcrdFile, ".crd": app.CharmmCrdFile,
-        ".gro": app.GromacsGroFile,
+        ".inpcrd": app.AmberInpcrdFile, ".rst7": app.AmberInpcrdFile,
+        ".crd": app.AmberInpcrdFile if amber else app.CharmmCrdFile, ".gro": app.GromacsGroFile,
     }  # fmt: skip
     reader = readers.get(path.suffix.lower())
     if reader is None:

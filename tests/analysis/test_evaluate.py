@@ -12,9 +12,10 @@ from click.testing import CliRunner
 
 import openmm_bg as bg
 from openmm_bg.analysis.density_figures import draw, frame_energies, held_out_nll, partial_move_acceptance
-from openmm_bg.analysis.evaluate import evaluate
+from openmm_bg.analysis.evaluate import _reduction, evaluate
 from openmm_bg.analysis.evaluation_input import check_frames, read_frames, read_held_out
 from openmm_bg.analysis.files import evaluate_files
+from openmm_bg.analysis.report_text import table_one
 from openmm_bg.cli import main
 from openmm_bg.errors import ArtifactError, InputError
 from openmm_bg.rules.metropolis import log_acceptance
@@ -113,6 +114,7 @@ def test_a_good_flow_looks_like_its_ensemble(evaluated):
     assert weights["formula"] == "A" and weights["label"] == "exact" and 0.7 < weights["ess"] < 1.0
     assert found["nll"]["total_mean"] == found["nll"]["flows"][0]["total"] and math.isnan(found["nll"]["total_sd"])
     assert 0.6 < found["moves"]["acceptance"] < 1.0
+    assert found["reduction"] is None and "costs" not in str(evaluated)
     (row,) = found["ramachandran"]
     assert row["generated"] < 1.5 * row["data"]
     for row in found["rmsf"]:
@@ -181,6 +183,19 @@ def test_reduced_flows_have_rigid_and_completed_weights(reduced, frames):
     assert set(energies) == {"generated, rigid", "generated, completed", "data"}
     assert energies["generated, completed"]["median"] > energies["generated, rigid"]["median"]
     assert 0 < found.figures["moves"]["acceptance"] < 1 and any("kT/2" in note for note in found.notes)
+    cost = found.figures["reduction"]
+    assert cost["frames"] == 500 and 0.0 < cost["backbone"] <= cost["heavy"] < cost["heavy_largest"] < 1.0
+    assert f"heavy atoms {cost['heavy']:.2f}" in str(found) and f"backbone {cost['backbone']:.2f}" in str(found)
+    assert any("reduced costs" in row[0] and row[1] == f"{cost['heavy']:.2f}" for row in table_one(found.figures))
+    # By hand: s of one frame at its reference, superposed by MDTraj.
+    x = torch.tensor(frames[:1], dtype=torch.float64)
+    y, _ = reduced.coordinates.to_internal(x)
+    frozen = reduced.coordinates.to_positions(y, reduced.coordinates.reference_fixed).numpy()
+    topology = mdtraj.Topology.from_openmm(reduced.topology)
+    heavy = topology.select("element != H")
+    pair = [mdtraj.Trajectory(each, topology) for each in (frozen, frames[:1])]
+    by_hand = 10 * mdtraj.rmsd(*pair, atom_indices=heavy)[0]
+    assert _reduction(reduced, frames[:1])["heavy"] == pytest.approx(by_hand, abs=1e-3)
     bare = bg.Flow(reduced.density, reduced.coordinates, reduced.metadata)
     found = evaluate(bare, frames[:100], n_samples=50, **ONE)
     assert [w["formula"] for w in found.figures["weights"]] == ["B"]

@@ -225,6 +225,27 @@ def test_wrong_files_are_one_sentence_each(files, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.parametrize("preset", ["protein", "paper"])
+def test_presets_by_name(files, tmp_path, preset):
+    """As in README's first lines on proteins; the refusal shows that it is the preset's W2 that asks for frames."""
+    folder, topology, _, xyz = files
+    mdtraj.Trajectory(xyz[:100], mdtraj.Topology.from_openmm(topology)).save_dcd(str(tmp_path / "few.dcd"))
+    arguments = ["train", "--system", str(folder / "system.xml"), "--topology", str(folder / "top.pdb")]
+    arguments += ["--trajectory", str(tmp_path / "few.dcd"), "--temperature", "300", "--preset", preset]
+    result = CliRunner().invoke(main, [*arguments, "-o", str(tmp_path / "model"), "--platform", "Reference"])
+    one_sentence(result, "nll+w2", str(bg.TrainingConfig.preset(preset).w2_data_batch))
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_file_without_a_representation_is_told(files, tmp_path, caplog):
+    wrong = {"--temperature": "-5"}
+    one_sentence(command(files[0], "-o", tmp_path / "model", **wrong), "temperature")
+    assert "--representation reduced" in caplog.text
+    caplog.clear()
+    one_sentence(command(files[0], "-o", tmp_path / "model", "--representation", "full", **wrong), "temperature")
+    assert "--representation" not in caplog.text
+
+
 def test_topologies_that_are_not_one_molecule(files):
     _, topology, system, xyz = files
     two = app.Topology()

@@ -219,6 +219,8 @@ def test_files_with_parameters(tmp_path, monkeypatch):
     assert any(isinstance(f, openmm.GBSAOBCForce) for f in molecule.system.getForces())
     assert molecule.system.getNumConstraints() == 12
     assert molecule.notes == []
+    ours = get_data_filename("data/alanine-dipeptide-gbsa/alanine-dipeptide.crd")  # LEaP's ending, and CHARMM's
+    np.testing.assert_array_equal(prepare_parameters(Path(prmtop), Path(ours)).positions, molecule.positions)
     bare = prepare_parameters(Path(prmtop), crd, solvent="none")
     assert not any("GB" in type(f).__name__ for f in bare.system.getForces())
 
