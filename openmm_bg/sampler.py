@@ -275,6 +275,13 @@ class BoltzmannGeneratorSampler:
             raise InputError(
                 f"The System has a {barostats[0]}: independent samples need a fixed volume, remove it or use step()."
             )
+        images = (openmm.NonbondedForce.Ewald, openmm.NonbondedForce.PME, openmm.NonbondedForce.LJPME)
+        nonbonded = (force for force in self._system.getForces() if isinstance(force, openmm.NonbondedForce))
+        if any(force.getNonbondedMethod() in images for force in nonbonded):
+            raise InputError(
+                "The System sums electrostatics over periodic images, so that its energy depends on how the molecule "
+                "is turned: sample() needs the molecule alone, use step()."
+            )
         if self._freed:
             raise InputError(
                 f"The flow keeps {len(self._freed)} bond lengths fixed that this System does not constrain: "

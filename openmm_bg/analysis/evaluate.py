@@ -350,7 +350,7 @@ def _novelty_part(
     with _bar("nearest frames", len(ours) + len(theirs), progress) as advance:
         near, near_data = (nearest_rmsd(x, known, atoms, advance) for x in (ours, theirs))
     # Minimisation needs a Context; where a twin evaluates energies, OpenMM's own choice has to do.
-    twin = sampler.pool.platform == "twin"
+    twin = sampler.pool.platform.startswith("twin")
     named = [] if twin else [openmm.Platform.getPlatformByName(sampler.pool.platform)]
     context = openmm.Context(sampler.context.getSystem(), openmm.VerletIntegrator(0.001), *named)
     far, far_data = np.argsort(-near)[:MINIMISED], np.argsort(-near_data)[:MINIMISED]

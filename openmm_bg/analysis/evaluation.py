@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from openmm_bg.errors import InputError
 from openmm_bg.files import write_atomically
 
+#: An acceptance below this is as good as none, and is called so: no chain lives to see it.
+NEVER = 1e-9
+
 
 @dataclass(frozen=True, eq=False)
 class Material:
@@ -117,11 +120,13 @@ def _table_one(figures: dict[str, Any]) -> list[tuple[str, str]]:
             )
         )
     for name, values in figures["energies"].items():
+        form = ".1f" if abs(values["below_median_mean"]) < 1e6 else ".2e"  # clashes have energies of many digits
         rows.append(
             (
                 f"energy, {name}, kcal/mol",
-                f"below the median {plus(values['below_median_mean'], values['below_median_sd'], '.1f')} (SD); "
-                f"median {values['median']:.1f}" + (f"; {values['nonfinite']} none" if values["nonfinite"] else ""),
+                f"below the median {plus(values['below_median_mean'], values['below_median_sd'], form)} (SD); "
+                f"median {values['median']:{'.1f' if abs(values['median']) < 1e6 else '.2e'}}"
+                + (f"; {values['nonfinite']} none" if values["nonfinite"] else ""),
             )
         )
     nll = figures["nll"]
@@ -155,11 +160,11 @@ def _weights(figures: dict[str, Any]) -> list[tuple[str, str]]:
         for w in figures["weights"]
     ]
     move = figures["moves"]
+    found = plus(move["acceptance"], move["acceptance_error"], ".2g") if move["acceptance"] >= NEVER else "0"
     rows.append(
         (
             "acceptance of partial moves (D)",
-            f"{plus(move['acceptance'], move['acceptance_error'], '.2g')}; {move['frames']} frames, "
-            f"{move['proposals']} proposals each, {move['outside']} frames outside",
+            f"{found}; {move['frames']} frames, {move['proposals']} proposals each, {move['outside']} frames outside",
         )
     )
     return rows

@@ -94,6 +94,7 @@ def read_frames(path: Path, topology: Any, limit: int = MAX_FRAMES, available: i
         raise
     except Exception as error:  # MDTraj raises whatever its format's reader does
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        reason = reason.split(". I can only load")[0]  # and all endings that MDTraj knows
         raise InputError(
             f"MDTraj cannot read {path} as a trajectory of the flow's {n_atoms} atoms: {reason}."
         ) from error
@@ -119,7 +120,7 @@ def check_frames(positions: Any, topology: Any, reference: NDArray[np.floating],
     Raises
     ------
     InputError
-        Another shape, a frame that is not finite, or bonds of impossible lengths in the first frame.
+        Another shape, a frame that is not finite, or one with bonds of impossible lengths.
     """
     x = np.asarray(positions)
     n = topology.getNumAtoms()
@@ -128,15 +129,21 @@ def check_frames(positions: Any, topology: Any, reference: NDArray[np.floating],
     bad = np.flatnonzero(~np.isfinite(x).all((1, 2)))
     if bad.size:
         raise InputError(f"Frame {bad[0]} of {name} has positions that are not finite: remove it.")
-    for bond in topology.bonds():
-        a, b = bond[0], bond[1]
-        length = float(np.linalg.norm(x[0, a.index] - x[0, b.index]))
-        typical = float(np.linalg.norm(reference[a.index] - reference[b.index]))
-        if not typical / STRETCH < length < typical * STRETCH:
+    bonds = [(bond[0], bond[1]) for bond in topology.bonds()]
+    a, b = (np.array([pair[k].index for pair in bonds], dtype=int) for k in (0, 1))
+    typical = np.linalg.norm(reference[a] - reference[b], axis=-1)
+    for start in range(0, len(x), _CHUNK):
+        part = x[start : start + _CHUNK]
+        length = np.linalg.norm(part[:, a] - part[:, b], axis=-1)
+        wrong = np.argwhere(~((length > typical / STRETCH) & (length < typical * STRETCH)))
+        if len(wrong):
+            frame, k = wrong[0]
+            one, other = bonds[k]
             raise InputError(
-                f"In frame 0 of {name} the bond {a.residue.name}{a.residue.index + 1}-{a.name} to "
-                f"{b.residue.name}{b.residue.index + 1}-{b.name} is {length:.3f} nm, in the flow's molecule "
-                f"{typical:.3f}: another molecule or atom order, other units, or one split by a periodic box."
+                f"In frame {start + frame} of {name} the bond {one.residue.name}{one.residue.index + 1}-{one.name} to "
+                f"{other.residue.name}{other.residue.index + 1}-{other.name} is {length[frame, k]:.3f} nm, in the "
+                f"flow's molecule {typical[k]:.3f}: another molecule or atom order, other units, or one split by a "
+                "periodic box."
             )
     return x.astype(np.float32, copy=False)
 

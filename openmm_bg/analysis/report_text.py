@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from openmm_bg.analysis.evaluation import plus
+from openmm_bg.analysis.evaluation import NEVER, plus
 
 __all__ = [
     "checks_table",
@@ -297,14 +297,14 @@ def weights_table(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
         ]
     move = figures["moves"]
     words = "no proposal had a chance"
-    if math.isfinite(move["expected"]):
+    if move["acceptance"] >= NEVER:
         words = f"one in {number(move['expected'], 2)} proposals"
         if not math.isnan(move["acceptance_error"]):
             words += f", standard error {percent(move['acceptance_error'])}"
     rows.append(
         (
             "acceptance of moves (D)",
-            percent(move["acceptance"]),
+            percent(move["acceptance"] if move["acceptance"] >= NEVER else 0.0),
             f"{words}; from {move['frames']} held-out frames, {move['proposals']} proposals each",
         )
     )

@@ -15,8 +15,8 @@ from typing import Any, TypeAlias
 import torch  # noqa: F401  # isort: skip  (before openmm, or its torch plugin does not load)
 import openmm  # isort: skip
 
-#: Equal for Systems with equal forces; None for one that cannot be written.
-Fingerprint: TypeAlias = list[Any] | None
+#: Equal for Systems with equal forces, as far as these can be written.
+Fingerprint: TypeAlias = list[Any]
 
 #: Getters of one argument, the index, after the one that counts them; then getters without arguments.
 _LISTS: dict[str, list[tuple[str, ...]]] = {
@@ -65,12 +65,19 @@ _SETTINGS: dict[str, tuple[str, ...]] = {
 
 
 def fingerprint(system: openmm.System) -> Fingerprint:
-    """All that the energy of a System depends on as it is now: number of particles, virtual sites and forces."""
+    """All that the energy of a System depends on as it is now: number of particles, virtual sites and forces.
+
+    A force that cannot be written (a PythonForce around a lambda) is there as None: only energies tell of its changes.
+    """
     n = system.getNumParticles()
+    # A virtual site is only ever written as part of its System.
+    sites = _written(openmm.XmlSerializer.serialize, system) if any(map(system.isVirtualSite, range(n))) else None
+    return [n, sites, *(_written(_reader(type(force).__name__), force) for force in system.getForces())]
+
+
+def _written(write: Callable[[Any], Any], what: Any) -> Any:
     try:
-        if any(system.isVirtualSite(i) for i in range(n)):
-            return [openmm.XmlSerializer.serialize(system)]
-        return [n, *(_reader(type(force).__name__)(force) for force in system.getForces())]
+        return write(what)
     except Exception:  # whatever pickling a PythonForce raises
         return None
 

@@ -15,7 +15,7 @@ import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only the
 
 from ..errors import EnergyError, InputError
 from .arrays import as_frames, sound_rows
-from .fingerprint import fingerprint
+from .fingerprint import Fingerprint, fingerprint
 from .implicit_solvent import EqualSolvent
 from .process_workers import ProcessWorkers
 from .snapshot import (
@@ -71,6 +71,8 @@ class ContextPool:
         What was chosen; of the twin, "twin" and its number of threads, or "twin:cuda" and 1.
     tuning
         Report of the timing, or None if there was none.
+    generation
+        How often `sync` has made the clones afresh.
     n_energies
         Frames that were evaluated.
     n_nonfinite
@@ -114,7 +116,9 @@ class ContextPool:
         self._counts_there: Tensor | None = None  # those to be added, on the device where they were made
         self._warned_failure = False
         self._warned_unpushed = False
+        self.generation = 0
         self._fingerprint = fingerprint(context.getSystem())
+        self._unpushed: Fingerprint | None = None  # an edit that the Context was seen not to know
         self._workers: Workers | ProcessWorkers | TwinWorkers
         self._slack = 0.0  # of the equal solvent, kJ/mol
         state = read_state(context)
@@ -317,7 +321,9 @@ class ContextPool:
         differs, the clones are made afresh from the Context's System and compared once more. A System that
         was changed but not pushed into its Context (`updateParametersInContext`, `reinitialize`) leaves the
         clones as they are as long as they agree with the Context, for it is the Context that is being
-        sampled. All of this holds for the twin as well, but for the box, which it does not have.
+        sampled. Where neither tells (a change that does not show at these positions), it counts as known to the
+        Context, as an edited System normally is, unless it was seen before that the Context does not know it.
+        All of this holds for the twin as well, but for the box, which it does not have.
 
         Returns
         -------
@@ -346,25 +352,30 @@ class ContextPool:
         energy, tolerance = self._evaluate_state(self._workers, state)
         agrees = abs(energy - state.energy) <= tolerance  # False for NaN
         found = fingerprint(self.context.getSystem())
-        if agrees and found == self._fingerprint:
+        if agrees and found in (self._fingerprint, self._unpushed):
             return energy
+        before = self.equal_solvent, self._slack
         fresh = self._make_workers(self.platform, self.n_workers, state)
         try:
             fresh.apply(state)
             fresh_energy, fresh_tolerance = self._evaluate_state(fresh, state)
         except BaseException:
+            self.equal_solvent, self._slack = before
             fresh.close()
             raise
         if abs(fresh_energy - state.energy) <= fresh_tolerance:
             # Also if the old clones agree: the change may not show at these positions, and a System that is
             # edited is normally pushed.
             self._counted()  # those that wait on a device, for the next twin may be on another
-            self._workers.close()
-            self._workers, self._fingerprint = fresh, found
-            logger.debug("Clones or twin were made afresh from the Context's System.")
+            old, self._workers, self._fingerprint, self._unpushed = self._workers, fresh, found, None
+            self.generation += 1
+            old.close()
+            logger.info("The Context's System has changed: energies follow it from now on.")
             return fresh_energy
+        self.equal_solvent, self._slack = before
         fresh.close()
         if agrees:
+            self._unpushed = found
             if not self._warned_unpushed:
                 self._warned_unpushed = True
                 logger.warning(

@@ -100,8 +100,8 @@ def read_state(context: openmm.Context) -> ContextState:
 def clone_system(context: openmm.Context) -> openmm.System:
     """Copy the Context's System, so that later edits of the original reach nobody by accident.
 
-    A System that cannot be copied (a PythonForce around a lambda) is shared; `digest_system` then says
-    nothing, and only the comparison of energies guards it.
+    A System that cannot be copied (a PythonForce around a lambda) is shared; `fingerprint` then says
+    nothing of that force, and only the comparison of energies guards it.
     """
     system = context.getSystem()
     try:

@@ -15,7 +15,7 @@ import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only the
 from openmm_bg.artifact import Flow
 from openmm_bg.coordinates import place_like
 from openmm_bg.energy import thermal_energy
-from openmm_bg.energy.snapshot import digest_system, platform_properties
+from openmm_bg.energy.snapshot import platform_properties
 from openmm_bg.ensemble import Ensemble
 from openmm_bg.errors import EnergyError, InputError
 from openmm_bg.force import FlowPotential
@@ -254,7 +254,7 @@ class CartesianNonequilibriumMove(ContextMove):
         self.timestep, self.n_verlet, self.metropolised = timestep, int(n_verlet), bool(metropolised)
         self.keep_s, self.platform = bool(keep_s), platform
         self._bridge, self._coordinates = _bind(sampler, timestep, platform), sampler.coordinates
-        self._digest = digest_system(sampler.context)
+        self._generation = sampler.pool.generation
 
     def step(self, n: int = 1) -> Report:
         """n moves on the Context's own positions.
@@ -305,11 +305,11 @@ class CartesianNonequilibriumMove(ContextMove):
         stale = abs(self._bridge.kT - thermal_energy(sampler.temperature)) > 1e-9
         stale |= self._coordinates is not sampler.coordinates  # other masses or constraints
         stale |= not _agrees(self._bridge, sampler, here)
-        digest = digest_system(sampler.context)
-        if stale or digest != self._digest:
+        generation = sampler.pool.generation
+        if stale or generation != self._generation:
             fresh = _bind(sampler, self.timestep, self.platform)
             if _agrees(fresh, sampler, here):
-                self._bridge, self._coordinates, self._digest = fresh, sampler.coordinates, digest
+                self._bridge, self._coordinates, self._generation = fresh, sampler.coordinates, generation
             elif stale:
                 raise EnergyError("The move's bridge has other energies than the sampler: choose another platform.")
         return self._bridge

@@ -6,7 +6,7 @@ decision of the user is one sentence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,12 @@ VARIANTS = {
     "ASH": "ASP", "GLH": "GLU", "HID": "HIS", "HIE": "HIS", "HIP": "HIS", "HSD": "HIS", "HSE": "HIS", "HSP": "HIS",
     "LYN": "LYS", "CYX": "CYS", "CYM": "CYS",
 }  # fmt: skip
+#: Names that settle a protonation, to OpenMM's name of it; its readers turn them into the plain amino acid.
+PROTONATIONS = {
+    "ASH": "ASH", "GLH": "GLH", "HID": "HID", "HIE": "HIE", "HIP": "HIP", "HSD": "HID", "HSE": "HIE", "HSP": "HIP",
+}  # fmt: skip
+#: Chain, number and insertion code.
+ResidueKey = tuple[str, str, str]
 CAPS = {"ACE", "NME", "NMA", "NH2"}
 SIDE_CHAINS = {
     "ALA": "CB", "ARG": "CB CG CD NE CZ NH1 NH2", "ASN": "CB CG OD1 ND2", "ASP": "CB CG OD1 OD2", "CYS": "CB SG",
@@ -152,7 +158,7 @@ def prepare(
     _known_residues(modeller.topology, path, field_)
     _complete(modeller.topology, path)
     _no_gaps(modeller, path)
-    _add_hydrogens(modeller, field_, ph, notes)
+    _add_hydrogens(modeller, field_, ph, path, notes)
     try:
         system = field_.createSystem(
             modeller.topology,
@@ -215,42 +221,41 @@ def _amino(name: str) -> str | None:
     return name if name in AMINO_ACIDS else None
 
 
-def _no_alternates(path: Path, kept: set[tuple[str, str, str]]) -> None:
+def _atom_records(path: Path) -> Iterator[tuple[ResidueKey, str, str]]:
+    """Residue, its name and the location letter ("" for none) of every atom, as the file itself has them."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    if path.suffix.lower() in (".pdb", ".ent"):
+        for line in lines:
+            if line.startswith(("ATOM", "HETATM")) and len(line) > 26:
+                yield (line[21], line[22:26].strip(), line[26].strip()), line[17:20].strip(), line[16].strip()
+        return
+    columns: list[str] = []
+    for line in lines:
+        if line.startswith("_atom_site."):
+            columns.append(line.split()[0].removeprefix("_atom_site."))
+        elif columns and line.startswith(("ATOM", "HETATM")):
+            try:
+                row = dict(zip(columns, line.split(), strict=True))
+            except ValueError:
+                continue
+            chain = row.get("auth_asym_id", row.get("label_asym_id", ""))
+            number = row.get("auth_seq_id", row.get("label_seq_id", ""))
+            code, letter = row.get("pdbx_PDB_ins_code", "?"), row.get("label_alt_id", ".")
+            key = (chain, number, "" if code in (".", "?") else code)
+            yield key, row.get("label_comp_id", ""), "" if letter in (".", "?") else letter
+
+
+def _no_alternates(path: Path, kept: set[ResidueKey]) -> None:
     """OpenMM's readers take one location per atom and say nothing, so the file itself is asked.
 
     A residue of which somebody has kept location A alone, letter included, has no alternates.
     """
-    letters: dict[tuple[str, str, str], set[str]] = {}
-    names: dict[tuple[str, str, str], str] = {}
-
-    def see(key: tuple[str, str, str], name: str, letter: str) -> None:
-        letters.setdefault(key, set()).add(letter)
-        names[key] = name
-
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    if path.suffix.lower() in (".pdb", ".ent"):
-        for line in lines:
-            if line.startswith(("ATOM", "HETATM")) and len(line) > 26 and line[16] != " ":
-                see((line[21], line[22:26].strip(), line[26].strip()), line[17:20].strip(), line[16])
-    else:
-        columns: list[str] = []
-        for line in lines:
-            if line.startswith("_atom_site."):
-                columns.append(line.split()[0].removeprefix("_atom_site."))
-            elif columns and line.startswith(("ATOM", "HETATM")):
-                try:
-                    row = dict(zip(columns, line.split(), strict=True))
-                except ValueError:
-                    continue
-                if row.get("label_alt_id", ".") not in (".", "?"):
-                    chain = row.get("auth_asym_id", row.get("label_asym_id", ""))
-                    number = row.get("auth_seq_id", row.get("label_seq_id", ""))
-                    code = row.get("pdbx_PDB_ins_code", "?")
-                    see(
-                        (chain, number, "" if code in (".", "?") else code),
-                        row.get("label_comp_id", ""),
-                        row["label_alt_id"],
-                    )
+    letters: dict[ResidueKey, set[str]] = {}
+    names: dict[ResidueKey, str] = {}
+    for key, name, letter in _atom_records(path):
+        if letter:
+            letters.setdefault(key, set()).add(letter)
+            names[key] = name
     found = [key for key in letters if len(letters[key]) > 1 and key in kept]
     if found:
         chain, number, code = found[0]
@@ -263,8 +268,12 @@ def _no_alternates(path: Path, kept: set[tuple[str, str, str]]) -> None:
 
 def _known_residues(topology: app.Topology, path: Path, forcefield: app.ForceField) -> None:
     templates = forcefield._templates  # no public list of template names exists
+    # Under any name, for a histidine's template depends on hydrogens that are still to come.
+    amino_acids = {_amino(name) for name in templates}
     for residue in topology.residues():
-        if _amino(residue.name) is None and residue.name not in CAPS and residue.name not in templates:
+        amino = _amino(residue.name)
+        known = amino in amino_acids if amino is not None else residue.name in CAPS or residue.name in templates
+        if not known:
             raise InputError(
                 f"{path}: the force field does not know {residue_label(residue)}: replace it (PDBFixer does that for "
                 "modified amino acids), remove it if it is a ligand, or add its parameters with --forcefield."
@@ -313,13 +322,20 @@ def _misfit(forcefield: app.ForceField, topology: app.Topology) -> Exception | N
     return None
 
 
-def _add_hydrogens(modeller: app.Modeller, forcefield: app.ForceField, ph: float, notes: list[str]) -> None:
-    """Add what the force field's templates want; leave a structure alone that has all of it."""
+def _add_hydrogens(modeller: app.Modeller, forcefield: app.ForceField, ph: float, path: Path, notes: list[str]) -> None:
+    """Add what the force field's templates want; leave a structure alone that has all of it.
+
+    A name such as ASH or HIP in the file is the user's decision, and stands above the pH.
+    """
     if _misfit(forcefield, modeller.topology) is None:
         return
     before = modeller.topology.getNumAtoms()
+    names = {key: name for key, name, _ in _atom_records(path)}
+    residues = [(r.chain.id, r.id, r.insertionCode.strip()) for r in modeller.topology.residues()]
+    variants = [PROTONATIONS.get(names.get(key, "")) for key in residues]
+    reference = openmm.Platform.getPlatformByName("Reference")
     try:
-        modeller.addHydrogens(forcefield, pH=ph, platform=openmm.Platform.getPlatformByName("Reference"))
+        modeller.addHydrogens(forcefield, pH=ph, variants=variants, platform=reference)
     except Exception as error:
         raise InputError(f"Hydrogens cannot be added ({first_line(error)}).") from error
     added = modeller.topology.getNumAtoms() - before
@@ -328,10 +344,11 @@ def _add_hydrogens(modeller: app.Modeller, forcefield: app.ForceField, ph: float
         unmatched = forcefield.getUnmatchedResidues(modeller.topology)
         if not unmatched:
             raise InputError(f"The force field cannot describe the structure ({first_line(misfit)}).") from misfit
-        names = " ".join(a.name for a in unmatched[0].atoms())
+        atoms = " ".join(a.name for a in unmatched[0].atoms())
         raise InputError(
-            f"The force field has no template for {residue_label(unmatched[0])} with the atoms {names}: correct its "
+            f"The force field has no template for {residue_label(unmatched[0])} with the atoms {atoms}: correct its "
             "atom names or bonds, or add its parameters with --forcefield."
         ) from misfit
     if added:
-        notes.append(f"Added {added} hydrogens for pH {ph:g}.")
+        named = [f"{names[key]} {key[1]}" for key, variant in zip(residues, variants, strict=True) if variant]
+        notes.append(f"Added {added} hydrogens for pH {ph:g}{'; ' + ', '.join(named) + ' as named' if named else ''}.")

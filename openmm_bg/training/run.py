@@ -37,6 +37,8 @@ COVALENT_RADII = {"H": 0.031, "D": 0.031, "C": 0.076, "N": 0.071, "O": 0.066, "F
 LARGEST_RADIUS = 0.15
 #: A bond longer than this many times the sum of its radii was never a bond: another atom order.
 STRETCH = 1.4
+#: Frames looked at together.
+_BOND_FRAMES = 256
 #: Atoms closer than this many times the sum are bonded, whatever the topology says.
 CONTACT = 1.2
 
@@ -80,7 +82,7 @@ def train(
         "full" models every unconstrained coordinate, "reduced" the torsions and backbone angles alone; the others get
         a completion g(s|y) from the same frames, after the flow.
     config
-        Preset ("cpu", "paper"), YAML file, dict or `TrainingConfig`.
+        Preset ("cpu", "protein", "paper"), YAML file, dict or `TrainingConfig`.
     directory
         For checkpoints, the loss curve and ``flow.bg``; None keeps everything in memory.
     resume
@@ -136,7 +138,7 @@ def _train(
     ranks: Ranks,
 ) -> Flow:
     """`train` as one of the processes."""
-    if isinstance(config, str) and config in ("cpu", "paper"):
+    if isinstance(config, str) and config in ("cpu", "protein", "paper"):
         config = TrainingConfig.preset(config)  # type: ignore[arg-type]
     config = TrainingConfig.load(config)
     _check_kinds(system, topology)
@@ -325,22 +327,28 @@ def _announce_refusals(system: openmm.System) -> None:
 def _check_bonds(positions: np.ndarray, graph: MoleculeGraph) -> None:
     """A bond longer than any covalent one means that the frames have another atom order (or broken molecules).
 
-    Two atoms as close as bonded ones mean that the topology lacks a bond, such as the one that closes a ring.
+    In the first frame, two atoms as close as bonded ones mean that the topology lacks a bond, such as the one that
+    closes a ring.
     """
     if len(positions) == 0:
         raise InputError("The trajectory has no frames.")
+    radii = np.array([COVALENT_RADII.get(element, LARGEST_RADIUS) for element in graph.elements])
+    pairs = np.array([(a, b) for a in range(graph.n_atoms) for b in graph.neighbours[a] if a < b])
+    a, b = pairs.reshape(-1, 2).T
+    for start in range(0, len(positions), _BOND_FRAMES):
+        frames = np.asarray(positions[start : start + _BOND_FRAMES], dtype=np.float64)
+        infinite = np.flatnonzero(~np.isfinite(frames).all((1, 2)))
+        if len(infinite):
+            raise InputError(f"Frame {start + infinite[0]} of the trajectory has non-finite positions.")
+        length = np.linalg.norm(frames[:, a] - frames[:, b], axis=-1)
+        broken = np.argwhere(length > STRETCH * (radii[a] + radii[b]))
+        if len(broken):
+            frame, k = broken[0]
+            raise InputError(
+                f"In frame {start + frame} of the trajectory the bond {graph.label(a[k])} to {graph.label(b[k])} is "
+                f"{length[frame, k]:.2f} nm: another atom order, wrong units, or a molecule split by the periodic box."
+            )
     frame = np.asarray(positions[0], dtype=np.float64)
-    if not np.isfinite(frame).all():
-        raise InputError("Frame 0 of the trajectory has non-finite positions.")
-    radii = [COVALENT_RADII.get(element, LARGEST_RADIUS) for element in graph.elements]
-    for a in range(graph.n_atoms):
-        for b in graph.neighbours[a]:
-            length = float(np.linalg.norm(frame[a] - frame[b]))
-            if length > STRETCH * (radii[a] + radii[b]):
-                raise InputError(
-                    f"In frame 0 of the trajectory the bond {graph.label(a)} to {graph.label(b)} is {length:.2f} nm: "
-                    "another atom order, wrong units, or a molecule split by the periodic box."
-                )
     known = np.array([COVALENT_RADII.get(element, np.nan) for element in graph.elements])
     distance = np.linalg.norm(frame[:, None] - frame[None], axis=-1)
     close = np.triu(distance < CONTACT * (known[:, None] + known[None]), k=1)

@@ -1,7 +1,9 @@
 """`evaluate` as a whole: the shipped dipeptide against its own ensemble, a `reduced` flow, files, and wrong input."""
 
+import copy
 import json
 import math
+import re
 import sys
 
 import mdtraj
@@ -13,9 +15,10 @@ from click.testing import CliRunner
 import openmm_bg as bg
 from openmm_bg.analysis.density_figures import draw, frame_energies, held_out_nll, partial_move_acceptance
 from openmm_bg.analysis.evaluate import _reduction, evaluate
+from openmm_bg.analysis.evaluation import Evaluation
 from openmm_bg.analysis.evaluation_input import check_frames, read_frames, read_held_out
 from openmm_bg.analysis.files import evaluate_files
-from openmm_bg.analysis.report_text import table_one
+from openmm_bg.analysis.report_text import table_one, weights_table
 from openmm_bg.cli import main
 from openmm_bg.errors import ArtifactError, InputError
 from openmm_bg.rules.metropolis import log_acceptance
@@ -170,6 +173,20 @@ def test_the_seed_decides(dipeptide, frames):
     assert first == again != other
 
 
+def test_figures_of_a_bad_flow_are_readable(evaluated):
+    """Energies of clashes have twenty digits, and acceptances of 1e-163 are zero."""
+    figures = copy.deepcopy(evaluated.figures)
+    figures["energies"]["generated"] |= {"below_median_mean": 1.4376e9, "below_median_sd": 2.5e9, "median": 1.2e20}
+    figures["moves"] |= {"acceptance": 1.6e-163, "acceptance_error": 0.0, "expected": 6e162}
+    text = str(Evaluation(figures))
+    assert "1.44e+09 ± 2.50e+09 (SD); median 1.20e+20" in text
+    assert re.search(r"acceptance of partial moves \(D\) +0; ", text)
+    (row,) = [row for row in weights_table(figures) if "moves" in row[0]]
+    assert row[1].startswith("0") and row[2].startswith("no proposal had a chance")
+    (row,) = [row for row in weights_table(evaluated.figures) if "moves" in row[0]]
+    assert row[2].startswith("one in 1.")
+
+
 def test_one_sample_is_enough(dipeptide, frames):
     found = evaluate(dipeptide.flow, frames[:20], n_samples=1, **ONE)
     assert found.figures["delta_d"]["batch"] == 1 and str(found)
@@ -310,6 +327,10 @@ def test_wrong_frames_and_flows(dipeptide, frames, tmp_path):
         evaluate(dipeptide.flow, bad, **ONE)
     with pytest.raises(InputError, match="other units"):
         check_frames(10 * frames[:5], dipeptide.topology, dipeptide.positions, "the trajectory")
+    later = frames[:600].copy()
+    later[570:, 10:] += 3.0  # half of the molecule in the next periodic image, and not before frame 570
+    with pytest.raises(InputError, match=r"frame 570 of the trajectory .* periodic box"):
+        check_frames(later, dipeptide.topology, dipeptide.positions, "the trajectory")
     with pytest.raises(InputError, match="22, 3"):
         evaluate(dipeptide.flow, frames[:, :4], **ONE)
     with pytest.raises(InputError, match="training trajectory"):

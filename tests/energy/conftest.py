@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch  # noqa: F401  (before openmm)
+import torch
 
-from openmm_bg.energy import choices
+from openmm_bg.energy import choices, twin_workers
 
 import openmm  # isort: skip
 from openmm import unit  # isort: skip
@@ -69,6 +69,32 @@ def make_context(dipeptide: tuple[openmm.System, np.ndarray]) -> Iterator[MakeCo
         return context
 
     yield make
+
+
+@pytest.fixture
+def context(make_context: MakeContext) -> openmm.Context:
+    """Five charged particles in implicit solvent, and a spring of strength ``k`` between two of them."""
+    system, nonbonded, gbsa = openmm.System(), openmm.NonbondedForce(), openmm.GBSAOBCForce()
+    spring = openmm.CustomBondForce("k*(r-0.1)^2")
+    spring.addGlobalParameter("k", 100.0)
+    spring.addBond(0, 1, [])
+    i = np.arange(5)
+    for sign in (-1) ** i:
+        system.addParticle(12.0)
+        nonbonded.addParticle(0.3 * sign, 0.1, 0.3)
+        gbsa.addParticle(0.3 * sign, 0.15, 0.8)
+    for force in (nonbonded, gbsa, spring):
+        system.addForce(force)
+    return make_context("Reference", system, np.stack((0.12 * i, 0.1 * (i % 2), 0.03 * (i % 3)), axis=1))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The CPU in the place of a GPU; what it is called may be changed."""
+    name = ["A card"]
+    monkeypatch.setattr(twin_workers, "gpu", lambda: torch.device("cpu"))
+    monkeypatch.setattr(choices, "gpu_name", lambda: name[0])
+    return name
 
 
 @pytest.fixture

@@ -113,6 +113,48 @@ def test_a_change_that_was_not_pushed_leaves_the_contexts_energy(setup, caplog):
     assert energy(pool) == 10.0
 
 
+def test_a_change_known_not_to_be_pushed_stays_out_where_it_does_not_show(setup, caplog):
+    """Seen not to be the Context's once, it is not taken for the Context's later; pushed and visible, it is."""
+    context, pool, force = setup
+    seen = context.getState(positions=True).getPositions(asNumpy=True)._value
+    hidden = np.array([[0.0, 0.0, 0.0], [0.1, 0.0, 0.0]])  # at the minimum, where k has no energy
+    force.setBondParameters(0, 0, 1, [2000.0])
+    pool.sync()
+    workers = pool._workers
+    context.setPositions(hidden)
+    pool.sync()
+    assert pool._workers is workers and pool.generation == 0
+    context.setPositions(seen)
+    pool.sync()
+    assert pool._workers is workers and energy(pool) == 5.0
+    force.updateParametersInContext(context)
+    pool.sync()
+    assert pool.generation == 1 and energy(pool) == 10.0
+    force.setBondParameters(0, 0, 1, [4000.0])  # another edit, pushed where it does not show
+    force.updateParametersInContext(context)
+    context.setPositions(hidden)
+    with caplog.at_level(logging.INFO, logger="openmm_bg"):
+        pool.sync()
+    assert pool.generation == 2 and energy(pool) == 20.0
+    assert any("has changed" in record.getMessage() for record in caplog.records)
+
+
+def test_a_force_that_cannot_be_written_hides_no_other(setup):
+    """A PythonForce around a lambda is not compared, but what is beside it is."""
+    context, pool, force = setup
+    system = context.getSystem()
+    zeros = np.zeros((system.getNumParticles(), 3))
+    system.addForce(openmm.PythonForce(lambda state: (0.0, zeros)))
+    context.reinitialize(preserveState=True)
+    pool.sync()
+    generation = pool.generation
+    force.setBondParameters(0, 0, 1, [4000.0])
+    force.updateParametersInContext(context)
+    context.setPositions(np.array([[0.0, 0.0, 0.0], [0.1, 0.0, 0.0]]))
+    pool.sync()
+    assert pool.generation == generation + 1 and energy(pool) == 20.0
+
+
 def test_an_inconsistent_context_is_refused(setup):
     context, pool, force = setup
     force.setBondParameters(0, 0, 1, [2000.0])

@@ -222,7 +222,19 @@ def test_wrong_files_are_one_sentence_each(files, tmp_path):
     bad[7] = np.nan
     mdtraj.Trajectory(bad, mdtraj.Topology.from_openmm(topology)).save_dcd(str(tmp_path / "nan.dcd"))
     one_sentence(command(folder, "-o", out, **{"--trajectory": str(tmp_path / "nan.dcd")}), "non-finite")
+    for k in (0, len(xyz) - 1):  # in any frame: the first may be whole
+        later = xyz.copy()
+        later[k:] *= 10.0  # Å
+        mdtraj.Trajectory(later, mdtraj.Topology.from_openmm(topology)).save_dcd(str(tmp_path / "later.dcd"))
+        one_sentence(command(folder, "-o", out, **{"--trajectory": str(tmp_path / "later.dcd")}), f"frame {k} of")
     assert not (tmp_path / "model").exists()
+
+
+def test_presets_by_name_in_python(files):
+    _, topology, system, xyz = files
+    for preset in ("cpu", "protein", "paper"):
+        with pytest.raises(InputError, match="no frames"):  # read before the frames are looked at
+            bg.train(system, topology, xyz[:0], 300.0, config=preset)
 
 
 @pytest.mark.parametrize("preset", ["protein", "paper"])

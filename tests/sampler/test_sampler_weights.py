@@ -104,15 +104,15 @@ def test_no_samples_no_steps(make_sampler, n):
 
 def test_bad_frames_weigh_nothing(make_sampler, monkeypatch):
     sampler = make_sampler()
-    genuine = sampler.pool.energies
+    genuine = sampler.pool.evaluate_on_device
 
-    def spoiled(positions):
-        energies = genuine(positions)
-        energies[::4] = np.inf
-        return energies
+    def spoiled(positions, forces=True):
+        energies, found = genuine(positions, forces=forces)
+        energies[::4] = torch.inf
+        return energies, found
 
     monkeypatch.setattr(sampler, "_require_invariance", lambda: None)
-    monkeypatch.setattr(sampler.pool, "energies", spoiled)
+    monkeypatch.setattr(sampler.pool, "evaluate_on_device", spoiled)
     ensemble = sampler.sample(16)
     assert np.isneginf(ensemble.log_weights[::4]).all() and ensemble.n_nonfinite == 4
     assert np.isfinite(np.delete(ensemble.log_weights, np.arange(0, 16, 4))).all()
@@ -183,6 +183,21 @@ def test_an_external_force_refuses_samples(dipeptide, make_context, make_sampler
 
     with pytest.raises(InputError, match="where the molecule stands"):
         make_sampler(make_context(changed(dipeptide.system, edit))).sample(4)
+
+
+def test_periodic_images_refuse_samples_and_not_steps(dipeptide, make_context, make_sampler):
+    """However wide the box: at a strained frame the difference that turning makes hides behind rounding."""
+
+    def edit(system):
+        force = next(f for f in system.getForces() if isinstance(f, openmm.NonbondedForce))
+        force.setNonbondedMethod(openmm.NonbondedForce.PME)
+        force.setCutoffDistance(1.5)
+        system.setDefaultPeriodicBoxVectors([20, 0, 0], [0, 20, 0], [0, 0, 20])
+
+    sampler = make_sampler(make_context(changed(dipeptide.system, edit)))
+    with pytest.raises(InputError, match="periodic images"):
+        sampler.sample(4)
+    assert sampler.step(2)["n_proposed"] == 2
 
 
 def test_another_molecule_is_refused(dipeptide, make_context, make_sampler):

@@ -69,6 +69,30 @@ def test_every_hydrogen_can_be_missing(hp35, tmp_path):
     assert any(note.startswith("Added ") for note in molecule.notes)
 
 
+@pytest.mark.parametrize("ending", ["pdb", "cif"])
+def test_protonations_by_name(hp35, tmp_path, ending):
+    """OpenMM's readers make ASP of ASH: without the name the pH would decide, and nobody be told."""
+    modeller = app.Modeller(hp35.topology, hp35.positions)
+    modeller.delete([a for a in modeller.topology.atoms() if a.element is app.element.hydrogen])
+    next(modeller.topology.chains()).id = "A"
+    changed = {"ASP": "ASH", "HIS": "HIP", "GLU": "GLH"}
+    first = {name: next(r for r in modeller.topology.residues() if r.name == name) for name in changed}
+    for name, residue in first.items():
+        residue.name = changed[name]
+    path = tmp_path / f"named.{ending}"
+    with open(path, "w") as file:
+        (app.PDBFile if ending == "pdb" else app.PDBxFile).writeFile(
+            modeller.topology, modeller.positions, file, keepIds=True
+        )
+    molecule = prepare(path, FIELD)
+    residues = list(molecule.topology.residues())
+    for name, hydrogens in (("ASP", {"HD2"}), ("HIS", {"HD1", "HE2"}), ("GLU", {"HE2"})):
+        assert hydrogens <= {a.name for a in residues[first[name].index].atoms()}
+        assert f"{changed[name]} {first[name].id}" in molecule.notes[0]
+    others = [r for r in residues if r.name == "ASP" and r.index != first["ASP"].index]
+    assert others and all("HD2" not in {a.name for a in r.atoms()} for r in others)
+
+
 def test_repartitioned_masses(dipeptide):
     molecule = prepare(dipeptide, FIELD, hydrogen_mass=3.0)
     masses = [molecule.system.getParticleMass(a.index)._value for a in molecule.topology.atoms()]
@@ -187,6 +211,7 @@ def test_bad_settings(dipeptide, tmp_path, monkeypatch):
     refused(simulate(dipeptide, tmp_path, "--seed", "-1"), "seed", "negative")
     refused(simulate(dipeptide, tmp_path, "--ph", "nan"), "pH")
     refused(simulate(dipeptide, tmp_path, "--forcefield", "nonsense.xml"), "nonsense.xml")
+    refused(simulate(dipeptide, tmp_path, "--forcefield", "tip3p.xml"), "does not know ALA 2", "--forcefield")
     refused(simulate(dipeptide, tmp_path, "--platform", "Abacus"), "Abacus")
     refused(simulate(dipeptide, tmp_path, "--time-step", "4"), "--hmr")
     refused(simulate(dipeptide, tmp_path, "--time-step", "8", "--hmr"), "shorten")
