@@ -21,13 +21,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from openmm_bg.coordinates import CoordinateMap
 from openmm_bg.errors import ArtifactError, InputError
 from openmm_bg.files import write_atomically
+from openmm_bg.lengths import in_nanometers
 
 logger = logging.getLogger(__name__)
 
@@ -265,7 +265,7 @@ class Flow:
         Raises
         ------
         InputError
-            Another number of atoms, or non-finite positions.
+            Another number of atoms, or positions that are not finite real numbers, or not lengths.
         """
         x = _positions_tensor(positions, self.coordinates.n_atoms)
         return self.coordinates.to_internal(x)
@@ -362,12 +362,7 @@ def _scripted(module: torch.nn.Module) -> torch.jit.ScriptModule:
 
 
 def _positions_tensor(positions: Any, n_atoms: int) -> Tensor:
-    if hasattr(positions, "value_in_unit"):
-        from openmm import unit
-
-        positions = positions.value_in_unit(unit.nanometer)
-    x = positions if isinstance(positions, Tensor) else torch.as_tensor(np.asarray(positions, dtype=np.float64))
-    x = x.double()
+    x = torch.as_tensor(in_nanometers(positions, f"[frames, {n_atoms}, 3]")).double()
     if x.ndim == 2:
         x = x[None]
     if x.ndim != 3 or x.shape[1:] != (n_atoms, 3):

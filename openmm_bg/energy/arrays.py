@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-
-from openmm import unit  # isort: skip  (after torch: OpenMM's torch plugin loads only then)
+from torch import Tensor
 
 from ..errors import InputError
+from ..lengths import in_nanometers, tensor_to_array
 
 #: Coordinates beyond this are not sent to OpenMM, nm: their squares overflow single precision, and the tests
 #: on squared displacements by which a platform notices that its neighbour list is stale would fail.
@@ -23,24 +22,18 @@ def as_frames(positions: Any, n_atoms: int) -> NDArray[np.float64]:
     Parameters
     ----------
     positions
-        Numpy array, torch tensor, Quantity or nested sequence, [B, N, 3].
+        Numpy array, torch tensor, Quantity or nested sequence of any of these, [B, N, 3].
     n_atoms
         N.
 
     Raises
     ------
     InputError
-        Another shape, or not numbers.
+        Another shape, not real numbers, not lengths, or masked entries.
     """
-    if isinstance(positions, torch.Tensor):
-        # OpenMM crashes on a tensor; numpy shares its memory.
-        positions = positions.detach().cpu().numpy()
-    elif unit.is_quantity(positions):
-        positions = positions.value_in_unit(unit.nanometer)
-    try:
-        array = np.ascontiguousarray(positions, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise InputError(f"positions must be numbers of shape [B, {n_atoms}, 3].") from None
+    numbers = in_nanometers(positions, f"[B, {n_atoms}, 3]")
+    # OpenMM crashes on a tensor.
+    array = np.ascontiguousarray(tensor_to_array(numbers) if isinstance(numbers, Tensor) else numbers)
     if array.ndim != 3 or array.shape[1:] != (n_atoms, 3):
         raise InputError(f"positions must have shape [B, {n_atoms}, 3], not {list(array.shape)}.")
     return array

@@ -91,7 +91,21 @@ class Clone:
         self._arguments = (system, platform, dict(properties))
         self._n_atoms = system.getNumParticles()
         self._settings: tuple[Box, Mapping[str, float]] | None = None
-        self.context = self._create()
+        self._lost = ""  # why there is no Context any more
+        self._context: openmm.Context | None = self._create()
+
+    @property
+    def context(self) -> openmm.Context:
+        """The Context.
+
+        Raises
+        ------
+        openmm.OpenMMException
+            It could not be made again after OpenMM raised in it.
+        """
+        if self._context is None:
+            raise openmm.OpenMMException(self._lost)
+        return self._context
 
     def _create(self) -> openmm.Context:
         system, platform, properties = self._arguments
@@ -115,10 +129,16 @@ class Clone:
 
     def _recreate(self) -> None:
         """Replace the Context after OpenMM raised in it, for nothing says what state that left behind."""
-        del self.context
-        self.context = self._create()
-        if self._settings is not None:
-            self.apply(*self._settings)
+        self._context = None  # first, for memory may not hold both
+        try:
+            self._context = self._create()
+            if self._settings is not None:
+                self.apply(*self._settings)
+        except Exception as error:
+            self._context = None
+            reason = str(error).rstrip(".")
+            self._lost = f"A Context could not be made again after OpenMM raised in it ({reason}): make another pool."
+            raise openmm.OpenMMException(self._lost) from error
 
     def evaluate(
         self,
@@ -143,6 +163,11 @@ class Clone:
         -------
         str or None
             OpenMM's message if a frame made it raise; that frame's energy is +inf.
+
+        Raises
+        ------
+        openmm.OpenMMException
+            The Context could not be made again after that, now or earlier.
         """
         shape = (len(energies), self._n_atoms, 3)
         for array in (positions, forces):

@@ -36,6 +36,7 @@ from ..errors import EnergyError
 from .clone import cores_of_workers, share_size
 from .process_child import TICKET, Layout
 from .snapshot import ContextState, is_double
+from .workers import CLOSED_MEANWHILE
 
 #: Bytes of shared memory, of which only what batches have used is ever taken; longer batches go in several parts.
 MEMORY = 64 * 2**20
@@ -43,6 +44,8 @@ MEMORY = 64 * 2**20
 MOST_TICKETS = 1024
 #: Seconds that closing waits for a process before it is killed.
 END_SECONDS = 5.0
+#: Bits of the energy of a frame that no process has evaluated: a NaN, but none that arithmetic makes.
+UNTOUCHED = 0x7FF8_6F70_656E_6267
 
 # The child must not run this package's __init__, which imports torch: a bare package with the same folder stands in.
 _START = (
@@ -51,19 +54,28 @@ _START = (
 )
 
 
+def _pipe(reading: contextlib.ExitStack, writing: contextlib.ExitStack) -> tuple[int, int]:
+    """A pipe whose ends are closed with these."""
+    read, write = os.pipe()
+    reading.callback(os.close, read)
+    writing.callback(os.close, write)
+    return read, write
+
+
 class _Process:
     """One worker process and the pipes to it."""
 
     def __init__(self, tickets: int, life: int, memory: int) -> None:
-        commands, self._commands = os.pipe()
-        self._replies, replies = os.pipe()
         self._buffer = b""
-        self._errors: BinaryIO = tempfile.TemporaryFile()
         self._poll = select.poll()
-        self._poll.register(self._replies, select.POLLIN)
-        inherited = (commands, replies, tickets, life, memory)
         folder = str(Path(__file__).parent)
-        try:
+        # Ours are closed here only if something fails; those of the process always, once it has them.
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as its:
+            commands, self._commands = _pipe(its, ours)
+            self._replies, replies = _pipe(ours, its)
+            self._errors: BinaryIO = ours.enter_context(tempfile.TemporaryFile())
+            self._poll.register(self._replies, select.POLLIN)
+            inherited = (commands, replies, tickets, life, memory)
             self._popen = subprocess.Popen(
                 [
                     *(sys.executable, "-P", "-W", "ignore", "-c", _START, folder),
@@ -77,20 +89,15 @@ class _Process:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
                 start_new_session=True,  # Ctrl-C is for this process, which tells the others what to do
             )
-        except BaseException:
-            self._close_pipes(self._commands, self._replies)
-            self._errors.close()
-            raise
-        finally:
-            self._close_pipes(commands, replies)
+            ours.pop_all()
 
     def send(self, order: Mapping[str, Any]) -> None:
         """Write a command.
 
         Raises
         ------
-        BrokenPipeError
-            The process has ended.
+        OSError
+            The process has ended, or was dismissed.
         """
         line = memoryview(json.dumps(order).encode() + b"\n")
         while line:
@@ -134,7 +141,8 @@ class _Process:
         """Let it end: no more commands will come."""
         with contextlib.suppress(OSError):
             self.send({"do": "end"})  # said in words, for a fork of this process may hold the pipe open
-        self._close_pipes(self._commands)
+        commands, self._commands = self._commands, -1  # another thread must not write to whatever gets this number next
+        self._close_pipes(commands)
 
     def wait(self) -> None:
         """Wait until it has ended, or kill it."""
@@ -163,17 +171,20 @@ class _Shared:
         self.pid = os.getpid()
         self.lock = threading.RLock()
         self.processes: list[_Process] = []
-        # Without a name, it goes with the last process that has it.
-        if hasattr(os, "memfd_create"):
-            self.file = os.memfd_create("openmm_bg")
-        else:
-            with tempfile.TemporaryFile() as file:
-                self.file = os.dup(file.fileno())
-        os.ftruncate(self.file, size)
-        self.memory = mmap.mmap(self.file, size)
-        self.take, self.give = os.pipe()  # tickets: first rows of shares
-        os.set_blocking(self.take, False)
-        self.life_here, self.life_there = os.pipe()
+        with contextlib.ExitStack() as opened:
+            # Without a name, it goes with the last process that has it.
+            if hasattr(os, "memfd_create"):
+                self.file = os.memfd_create("openmm_bg")
+            else:
+                with tempfile.TemporaryFile() as file:
+                    self.file = os.dup(file.fileno())
+            opened.callback(os.close, self.file)
+            os.ftruncate(self.file, size)
+            self.memory = opened.enter_context(mmap.mmap(self.file, size))
+            self.take, self.give = _pipe(opened, opened)  # tickets: first rows of shares
+            os.set_blocking(self.take, False)
+            self.life_here, self.life_there = _pipe(opened, opened)
+            opened.pop_all()
 
 
 def _stop(shared: _Shared) -> None:
@@ -194,6 +205,31 @@ def _stop(shared: _Shared) -> None:
         shared.lock.release()
 
 
+def serialise(system: openmm.System) -> str:
+    """The System as text, for a worker process.
+
+    Raises
+    ------
+    EnergyError
+        It has a PythonForce, whose function may need what only this process has: a main script, a module's variables,
+        torch loaded before OpenMM. Or it cannot be written.
+    """
+    python_force = getattr(openmm, "PythonForce", None)
+    found = python_force is not None and any(isinstance(force, python_force) for force in system.getForces())
+    if not found:
+        try:
+            text: str = openmm.XmlSerializer.serialize(system)
+        except Exception as error:  # whatever pickling the PythonForce of an ATMForce raises, say
+            reason = str(error).rstrip(".")
+            raise EnergyError(
+                f"Worker processes cannot have this System ({reason}): let threads do the work."
+            ) from error
+        found = ' type="PythonForce"' in text  # inside another force
+    if found:
+        raise EnergyError("Worker processes cannot evaluate a PythonForce: let threads do the work.")
+    return text
+
+
 class ProcessWorkers:
     """`n` processes with one Context each, pinned like the threads of `Workers` and with the same methods.
 
@@ -207,7 +243,7 @@ class ProcessWorkers:
     openmm.OpenMMException
         A Context cannot be created on this platform.
     EnergyError
-        Processes cannot be started here, or the System cannot be sent to them.
+        Processes cannot be started here, or the System cannot be sent to them: one with a PythonForce never is.
     """
 
     def __init__(self, system: openmm.System, platform: str, properties: Mapping[str, str], n: int) -> None:
@@ -215,10 +251,7 @@ class ProcessWorkers:
             raise EnergyError("Worker processes need a POSIX system: let threads evaluate energies.")
         if not sys.executable or getattr(sys, "frozen", False):
             raise EnergyError("Worker processes need the Python interpreter as a program: let threads do their work.")
-        try:
-            text = openmm.XmlSerializer.serialize(system)
-        except Exception as error:  # whatever pickling a PythonForce raises
-            raise EnergyError(f"The System cannot be sent to another process ({str(error).rstrip('.')}).") from error
+        text = serialise(system)
         self.platform = platform
         self.double = is_double(platform, properties)
         self.n = n
@@ -227,7 +260,10 @@ class ProcessWorkers:
         self._layout = Layout(max(MEMORY // (8 * (6 * self.n_atoms + 1)), 4 * n), self.n_atoms)
         self._number = 0
         self._disturbed = False
-        self._shared = _Shared(self._layout.size)
+        try:
+            self._shared = _Shared(self._layout.size)
+        except OSError as error:
+            raise EnergyError(f"Worker processes cannot be started ({error.strerror or error}).") from error
         self._positions, self._forces, self._energies = self._layout.arrays(self._shared.memory)
         self._finalizer = weakref.finalize(self, _stop, self._shared)
         try:
@@ -296,13 +332,13 @@ class ProcessWorkers:
         answers = []
         processes = self._shared.processes[: len(orders)]
         for process, order in zip(processes, orders, strict=True):
-            with contextlib.suppress(BrokenPipeError):  # there will be no answer either
+            with contextlib.suppress(OSError):  # there will be no answer either
                 process.send({"id": self._number, **order})
         for process in processes:
             answer = process.answer(self._number)
             if answer is None:
                 if not self._finalizer.alive:
-                    raise EnergyError("The pool was closed while it evaluated energies.")
+                    raise EnergyError(CLOSED_MEANWHILE)
                 how = process.how_it_ended()
                 self.close()
                 raise EnergyError(f"A worker process of the pool ended ({how}): make another pool.")
@@ -355,6 +391,8 @@ class ProcessWorkers:
         self._disturbed = True
         shared.memory[0] = 0
         self._positions[:count] = positions[whole]
+        bits = self._energies[:count].view(np.int64)
+        bits[:] = UNTOUCHED
         # Tickets first: a process that finds none has nothing to do.
         os.write(shared.give, b"".join(start.to_bytes(TICKET, "little") for start in starts))
         order = {"do": "evaluate", "count": count, "size": size, "forces": out is not None}
@@ -364,6 +402,11 @@ class ProcessWorkers:
             if self._finalizer.alive:
                 shared.memory[0] = 1  # e.g. Ctrl-C: they stop after the frame in hand
             raise
+        if not self._finalizer.alive:  # they were told to stop, and answer all the same
+            raise EnergyError(CLOSED_MEANWHILE)
+        if (bits == UNTOUCHED).any():
+            self.close()
+            raise EnergyError("Worker processes left out frames of a batch: make another pool.")
         self._disturbed = False
         energies[whole] = self._energies[:count]
         if out is not None:

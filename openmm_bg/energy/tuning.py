@@ -24,7 +24,7 @@ from ..errors import EnergyError, InputError
 from .arrays import as_frames, sound_rows
 from .choices import Choice, keep_choice, load_choice
 from .implicit_solvent import EqualSolvent, find_equal_solvent
-from .process_workers import ProcessWorkers
+from .process_workers import ProcessWorkers, serialise
 from .snapshot import ContextState, clone_system, digest_system, platform_properties, read_state
 from .twin_workers import JITTER, TWIN, TWIN_ON_GPU, TWINS, TwinWorkers, default_threads, twin_names
 from .workers import Workers, usable_cores
@@ -214,6 +214,8 @@ def find_fastest(
     check_choice(platform, n_workers, effort)
     state = read_state(context)
     frames = _frames(state, positions)
+    if processes:
+        serialise(context.getSystem())  # refused before any platform is blamed for it
     digest = digest_system(context) if platform is None and n_workers is None and processes is None else None
     if kept and effort == "quick" and digest is not None and (choice := load_choice(digest)) is not None:
         row = TuningRow(

@@ -25,7 +25,10 @@ from ..errors import EnergyError
 from .clone import Clone, cores_of_workers, pin, share_size, usable_cores
 from .snapshot import ContextState, is_double
 
-__all__ = ["JOIN_SECONDS", "Workers", "usable_cores"]
+__all__ = ["CLOSED_MEANWHILE", "JOIN_SECONDS", "Workers", "usable_cores"]
+
+#: What a batch that was under way when its pool was closed ends with: rows that nobody evaluated have no energy.
+CLOSED_MEANWHILE = "The pool was closed while it evaluated energies."
 
 #: Seconds that closing waits for a thread to finish its current frame.
 JOIN_SECONDS = 5.0
@@ -48,6 +51,11 @@ class _Job:
     def cancel(self) -> None:
         """Let every thread stop after the frame in hand."""
         self._cancelled[0] = True
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether rows may have been left out."""
+        return self._cancelled[0]
 
     def run(self, clone: Clone) -> str | None:
         """The task that the job is to each thread."""
@@ -86,6 +94,9 @@ class _Shared:
 
     def __init__(self) -> None:
         self.pid = os.getpid()
+        # Held while tasks are handed out, or else one might come after the order to end, and be waited for in vain.
+        # Reentrant, for the garbage collector runs the finaliser wherever it likes.
+        self.handing_out = threading.RLock()
         self.threads: list[threading.Thread] = []
         self.queues: list[SimpleQueue[Any]] = []
         self.job: _Job | None = None
@@ -96,8 +107,9 @@ def _stop(shared: _Shared) -> None:
         return  # a forked child has the objects but not the threads
     if shared.job is not None:
         shared.job.cancel()
-    for queue in shared.queues:
-        queue.put(None)
+    with shared.handing_out:
+        for queue in shared.queues:
+            queue.put(None)
     for thread in shared.threads:
         # The garbage collector may run this inside one of the threads themselves.
         if thread is not threading.current_thread():
@@ -153,13 +165,14 @@ class Workers:
 
     def _run(self, function: Callable[[Clone], Any], n: int) -> list[Any]:
         """Run a function of a Clone in the first `n` threads and return what it returned there."""
-        if not self._finalizer.alive:
-            raise EnergyError("The pool is closed: make another one.")
         if self._shared.pid != os.getpid():
             raise EnergyError("A pool does not survive a fork: make one in each process.")
         done: SimpleQueue[Any] = SimpleQueue()
-        for queue in self._shared.queues[:n]:
-            queue.put((function, done))
+        with self._shared.handing_out:
+            if not self._finalizer.alive:
+                raise EnergyError("The pool is closed: make another one.")
+            for queue in self._shared.queues[:n]:
+                queue.put((function, done))
         outcomes = [done.get() for _ in range(n)]
         for _, error in outcomes:
             if error is not None:
@@ -195,6 +208,11 @@ class Workers:
         tuple
             Energies [B] in kJ/mol and forces [B, N, 3] in kJ/mol/nm or None, as OpenMM gave them; +inf where
             it raised (`failure` then holds its message).
+
+        Raises
+        ------
+        EnergyError
+            The pool is closed, was closed meanwhile, or was forked.
         """
         if positions.dtype != np.float64 or not positions.flags.c_contiguous:
             raise TypeError("positions must be a C-contiguous float64 array")
@@ -211,6 +229,8 @@ class Workers:
             self._shared.job = job
             try:
                 failures = self._run(job.run, min(self.n, len(shares)))
+                if job.cancelled:
+                    raise EnergyError(CLOSED_MEANWHILE)
             except BaseException:
                 job.cancel()  # e.g. Ctrl-C: the threads stop after the frame in hand
                 raise

@@ -17,6 +17,8 @@ import torch  # noqa: F401  (before openmm)
 import openmm  # isort: skip
 
 from openmm_bg.energy import ContextPool
+from openmm_bg.energy.clone import Clone
+from openmm_bg.energy.workers import Workers
 from openmm_bg.errors import EnergyError
 
 # One interpreter imports torch and OpenMM once; each way of ending runs in a child of its own, which makes its
@@ -201,3 +203,85 @@ def test_one_pool_called_from_several_threads(make_context, frames):
         for shift, energies in results:
             np.testing.assert_array_equal(energies, np.roll(expected, shift))
         assert openmm.Platform.getNumPlatforms() > 0
+
+
+CLOSED_MEANWHILE = "The pool was closed while it evaluated energies."
+
+
+def evaluate_beside(pool: ContextPool, batch: np.ndarray) -> tuple[threading.Thread, list[object]]:
+    """A thread that evaluates a batch, and its energies or what it was told instead."""
+    found: list[object] = []
+
+    def work() -> None:
+        try:
+            found.append(pool.energies(batch))
+        except EnergyError as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread, found
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+def test_a_batch_that_is_under_way_when_its_threads_end_is_an_error(make_context, pair, n_workers):
+    """Rows that nobody evaluated must not count as rows without a finite energy."""
+    system, _, x = pair
+    pool = ContextPool(make_context("Reference", system, x), platform="Reference", n_workers=n_workers)
+    thread, found = evaluate_beside(pool, np.repeat(x[None], 300_000, axis=0))  # a second or more
+    deadline = time.perf_counter() + 10.0
+    while pool._workers._shared.job is None and time.perf_counter() < deadline:
+        time.sleep(0.001)
+    pool.close()  # as `sync` does with its workers once there are new ones
+    thread.join(10)
+    assert found == [CLOSED_MEANWHILE]
+
+
+def test_a_task_never_comes_after_the_order_to_end(make_context, frames):
+    pool = ContextPool(make_context(), platform="Reference", n_workers=1)
+    shared = pool._workers._shared
+    queue = shared.queues[0]
+    closer = threading.Thread(target=pool.close, daemon=True)
+
+    class Slow:
+        def put(self, task: object) -> None:
+            if task is not None:
+                closer.start()
+                time.sleep(0.2)  # time enough for the order to overtake the task
+            queue.put(task)
+
+    shared.queues[0] = Slow()
+    thread, found = evaluate_beside(pool, frames)
+    thread.join(5)
+    assert found == [CLOSED_MEANWHILE]
+    closer.join(5)
+    assert not closer.is_alive()
+
+
+def test_a_context_that_cannot_be_made_again(monkeypatch):
+    system, force = openmm.System(), openmm.NonbondedForce()
+    force.setNonbondedMethod(openmm.NonbondedForce.CutoffNonPeriodic)
+    for _ in range(2):
+        system.addParticle(1.0)
+        force.addParticle(0.0, 0.1, 0.0)
+    system.addForce(force)
+    batch = np.zeros((2, 2, 3))
+    batch[1, 1] = np.nan  # the CPU platform raises
+    workers = Workers(system, "CPU", {"Threads": "1"}, 1)
+    try:
+        assert workers.evaluate(batch, [0, 1], forces=False)[0][1] == np.inf
+
+        def fail(self: Clone) -> openmm.Context:
+            raise openmm.OpenMMException("No memory is left.")
+
+        monkeypatch.setattr(Clone, "_create", fail)
+        message = (
+            r"^A Context could not be made again after OpenMM raised in it \(No memory is left\): make another pool"
+        )
+        for rows in ([1], [0]):
+            with pytest.raises(openmm.OpenMMException, match=message):
+                workers.evaluate(batch, rows, forces=False)
+        with pytest.raises(openmm.OpenMMException, match=message):
+            workers.group_energies(batch[0])
+    finally:
+        workers.close()

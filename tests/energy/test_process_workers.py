@@ -130,48 +130,34 @@ def test_box_and_force_groups(make_context):
         assert total == pytest.approx(0.1) and groups == pytest.approx([10.0, -9.9])
 
 
-def test_a_frame_at_which_openmm_raises(make_context, tmp_path, monkeypatch, caplog):
-    (tmp_path / "picky_force.py").write_text(
-        "import numpy as np\n"
-        "def force(state):\n"
-        "    x = state.getPositions(asNumpy=True)._value\n"
-        "    d = x[1] - x[0]\n"
-        "    if np.linalg.norm(d) > 0.5:\n"
-        "        raise ValueError('too far apart')\n"
-        "    return float(d @ d), np.array([2 * d, -2 * d])\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    import picky_force
-
-    system = openmm.System()
+def test_a_frame_at_which_openmm_raises(make_context):
+    system, force = openmm.System(), openmm.NonbondedForce()
+    force.setNonbondedMethod(openmm.NonbondedForce.CutoffNonPeriodic)
     for _ in range(2):
         system.addParticle(1.0)
-    system.addForce(openmm.PythonForce(picky_force.force))
+        force.addParticle(0.0, 0.1, 0.0)
     extra = openmm.CustomBondForce("scale*r")
     extra.addGlobalParameter("scale", 0.0)
     extra.addBond(0, 1, [])
-    system.addForce(extra)
+    for added in (force, extra):
+        system.addForce(added)
     batch = np.zeros((6, 2, 3))
-    batch[:, 1, 2] = [0.1, 0.9, 0.2, 0.8, 0.7, 0.3]
-    context = make_context("Reference", system, batch[0])
+    batch[:, 1, 2] = [0.1, np.nan, 0.2, np.nan, np.nan, 0.3]  # a pool would not send these: its CPU platform raises
+    context = make_context("CPU", system, batch[0])
     context.setParameter("scale", 5.0)
-    with ContextPool(context, platform="Reference", n_workers=2, processes=True) as pool:
-        with caplog.at_level(logging.WARNING, logger="openmm_bg"):
-            energies, forces = pool.energies_and_forces(batch)
+    workers = ProcessWorkers(system, "CPU", {"Threads": "1"}, 2)
+    try:
+        workers.apply(read_state(context))
+        energies, forces = workers.evaluate(batch, list(range(6)), forces=True)
         # The Context that is made after an error has the parameters that its forerunner had.
-        np.testing.assert_allclose(energies, [0.51, np.inf, 1.04, np.inf, np.inf, 1.59], rtol=1e-12)
-        np.testing.assert_allclose(forces[:, 0, 2], [5.2, 0, 5.4, 0, 0, 5.6], rtol=1e-12)
-    assert len([r for r in caplog.records if "too far apart" in r.getMessage()]) == 1
+        np.testing.assert_allclose(energies, [0.5, np.inf, 1.0, np.inf, np.inf, 1.5], rtol=1e-5)
+        np.testing.assert_allclose(forces[[0, 2, 5], 0, 2], 5.0, rtol=1e-5)
+        assert "NaN" in workers.failure
+    finally:
+        workers.close()
 
 
-def test_what_cannot_be_sent_is_refused(make_context, dipeptide, frames):
-    system = openmm.System()
-    for _ in range(2):
-        system.addParticle(1.0)
-    system.addForce(openmm.PythonForce(lambda state: (0.0, np.zeros((2, 3)))))
-    context = make_context("Reference", system, np.zeros((2, 3)))
-    with pytest.raises(EnergyError, match="cannot be sent to another process"):
-        ContextPool(context, platform="Reference", n_workers=1, processes=True)
+def test_what_cannot_be_sent_is_refused(make_context, dipeptide, frames, monkeypatch):
     with pytest.raises(openmm.OpenMMException, match="Abacus"):
         ProcessWorkers(dipeptide[0], "Abacus", {}, 1)
     with pytest.raises(InputError, match="processes are for Contexts"):
@@ -180,6 +166,62 @@ def test_what_cannot_be_sent_is_refused(make_context, dipeptide, frames):
     with pytest.raises(TypeError, match=r"\[B, 22, 3\]"):
         workers.evaluate(frames[:, :5], [0], forces=True)
     workers.close()
+
+    def fail(system):
+        raise ValueError("It has no text.")
+
+    monkeypatch.setattr(openmm.XmlSerializer, "serialize", fail)
+    with pytest.raises(EnergyError, match=r"cannot have this System \(It has no text\): let threads do the work\.$"):
+        ProcessWorkers(dipeptide[0], "Reference", {}, 1)
+
+
+def energy_and_forces(state):
+    """What a PythonForce may call; unlike a lambda, it can be pickled."""
+    return 0.0, np.zeros((2, 3))
+
+
+def with_python_force(where: str) -> openmm.System:
+    system = openmm.System()
+    for _ in range(2):
+        system.addParticle(1.0)
+    force = openmm.PythonForce((lambda state: energy_and_forces(state)) if where == "lambda" else energy_and_forces)
+    if where == "collective variable":
+        outer = openmm.CustomCVForce("a")
+        outer.addCollectiveVariable("a", openmm.PythonForce(energy_and_forces))
+        force = outer
+    elif where == "alchemical":
+        outer = openmm.ATMForce("u0")
+        outer.addForce(openmm.PythonForce(energy_and_forces))
+        force = outer
+    system.addForce(force)
+    return system
+
+
+PYTHON_FORCE = r"^Worker processes cannot evaluate a PythonForce: let threads do the work\.$"
+
+
+@pytest.mark.skipif(not hasattr(openmm, "PythonForce"), reason="this OpenMM has no PythonForce")
+@pytest.mark.parametrize("where", ["function", "lambda", "collective variable", "alchemical"])
+def test_a_python_force_stays_in_this_process(where, monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(process_workers, "_Process", refuse)
+    with pytest.raises(EnergyError, match=PYTHON_FORCE):
+        ProcessWorkers(with_python_force(where), "Reference", {}, 1)
+
+
+@pytest.mark.skipif(not hasattr(openmm, "PythonForce"), reason="this OpenMM has no PythonForce")
+def test_a_python_force_in_pools_and_tuning(make_context, rates):
+    context = make_context("Reference", with_python_force("lambda"), np.zeros((2, 3)))
+    for platform in ("Reference", None):
+        with pytest.raises(EnergyError, match=PYTHON_FORCE):
+            ContextPool(context, platform=platform, n_workers=1, processes=True)
+    report = tune(context, effort="full")
+    [row] = [row for row in report.rows if row.processes]
+    assert row.note == PYTHON_FORCE[1:-3] and row.frames_per_second is None and not report.chosen.processes
+    with ContextPool(context, tune="full") as pool:
+        assert not pool.processes and np.isfinite(pool.energies(np.zeros((3, 2, 3)))).all()
 
 
 @pytest.mark.parametrize("how", ["frozen", "no program", "wrong program"])
@@ -244,6 +286,80 @@ def test_a_process_that_is_killed_is_an_error_and_no_hang(make_context, frames, 
     assert all_gone(found)
     with pytest.raises(EnergyError, match="closed"):
         pool.energies(frames)
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_processes_that_stop_early_leave_no_old_energies(dipeptide, frames, monkeypatch, closed):
+    """What `close` tells them while they work; they answer as ever."""
+    workers = ProcessWorkers(dipeptide[0], "Reference", {}, 2)
+    rows = list(range(len(frames)))
+    old, _ = workers.evaluate(frames, rows, forces=False)
+    assert np.isfinite(old).all()
+    plain = workers._call
+
+    def stop(orders):
+        if orders[0]["do"] == "evaluate":
+            workers._shared.memory[0] = 1
+        answers = plain(orders)
+        if closed:
+            workers.close()
+        return answers
+
+    monkeypatch.setattr(workers, "_call", stop)
+    message = "The pool was closed while it evaluated energies" if closed else "left out frames of a batch"
+    with pytest.raises(EnergyError, match=message):
+        workers.evaluate(frames + 0.01, rows, forces=False)
+    with pytest.raises(EnergyError, match="closed"):
+        workers.evaluate(frames, rows, forces=False)
+
+
+def test_closed_by_another_thread(make_context, frames):
+    pool = ContextPool(make_context(), platform="Reference", n_workers=2, processes=True)
+    found: list[object] = []
+
+    def work() -> None:
+        try:
+            found.append(pool.energies(np.concatenate([frames] * 10000)))  # seconds
+        except EnergyError as error:
+            found.append(str(error))
+
+    caller = threading.Thread(target=work)
+    caller.start()
+    deadline = time.perf_counter() + 10.0
+    while not pool._workers._disturbed and time.perf_counter() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.05)
+    pool.close()
+    caller.join(10)
+    assert found == ["The pool was closed while it evaluated energies."]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files cannot be counted here")
+def test_no_file_stays_open_where_there_are_too_few(dipeptide):
+    import resource
+
+    ProcessWorkers(dipeptide[0], "Reference", {}, 1).close()
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open(os.devnull, os.O_RDONLY)
+    os.close(free)
+    messages = []
+    for more in range(30):
+        workers = None
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free + more, limits[1]))
+            workers = ProcessWorkers(dipeptide[0], "Reference", {}, 1)
+        except EnergyError as error:
+            messages.append(str(error))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        if workers is not None:
+            workers.close()
+            break
+        gc.collect()
+        assert len(os.listdir("/proc/self/fd")) == before, more
+    assert len([m for m in messages if m == "Worker processes cannot be started (Too many open files)."]) >= 8, messages
 
 
 def test_a_fork_is_refused(make_context, frames, monkeypatch):

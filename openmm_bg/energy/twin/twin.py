@@ -294,13 +294,17 @@ class SystemTwin:
         Raises
         ------
         InputError
-            A wrong shape.
+            A wrong shape, or complex numbers.
         EnergyError
             The device's memory does not hold a single frame.
         """
         if positions.ndim != 3 or positions.shape[1:] != (self.n_atoms, 3):
             raise InputError(f"positions must have shape [B, {self.n_atoms}, 3], not {list(positions.shape)}.")
+        if positions.is_complex():
+            raise InputError(f"positions must be real numbers of shape [B, {self.n_atoms}, 3], not complex ones.")
         frames = positions.detach()
+        if frames.dtype not in (torch.float32, torch.float64):
+            frames = frames.double()  # half precision would round what is subtracted from it, and integers have no mean
         energies = torch.empty(len(frames), dtype=torch.float64, device=self.device)
         found = torch.empty(frames.shape, dtype=self.dtype, device=self.device) if forces else None
         size = self._chunk_size(len(frames))
@@ -321,6 +325,12 @@ class SystemTwin:
         if counts:
             self._counts += torch.stack(counts).sum(0)
         return energies, found
+
+    def evaluate_on_device(self, positions: Tensor, *, forces: bool = True) -> tuple[Tensor, Tensor | None]:
+        """As `evaluate`, all in float64 and on the device of the positions: what a pool gives to `reduced_energy`."""
+        energies, found = self.evaluate(positions, forces=forces)
+        there = None if found is None else found.to(positions.device, torch.float64)
+        return energies.to(positions.device), there
 
     def _halving(self, work: Callable[[slice], Tensor], rows: slice) -> Tensor:
         """Work on rows, or on its halves if memory does not hold them."""
