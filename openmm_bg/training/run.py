@@ -37,6 +37,8 @@ COVALENT_RADII = {"H": 0.031, "D": 0.031, "C": 0.076, "N": 0.071, "O": 0.066, "F
 LARGEST_RADIUS = 0.15
 #: A bond longer than this many times the sum of its radii was never a bond: another atom order.
 STRETCH = 1.4
+#: The same for frames after the first, where hot MD of a soft bond may have gone: broken, for all that is known.
+BROKEN = 2.0
 #: Frames looked at together.
 _BOND_FRAMES = 256
 #: Atoms closer than this many times the sum are bonded, whatever the topology says.
@@ -341,7 +343,10 @@ def _check_bonds(positions: np.ndarray, graph: MoleculeGraph) -> None:
         if len(infinite):
             raise InputError(f"Frame {start + infinite[0]} of the trajectory has non-finite positions.")
         length = np.linalg.norm(frames[:, a] - frames[:, b], axis=-1)
-        broken = np.argwhere(length > STRETCH * (radii[a] + radii[b]))
+        limit = np.full((len(frames), 1), BROKEN)
+        if start == 0:
+            limit[0] = STRETCH
+        broken = np.argwhere(length > limit * (radii[a] + radii[b]))
         if len(broken):
             frame, k = broken[0]
             raise InputError(
