@@ -57,9 +57,10 @@ class ContextPool:
         [F, N, 3] nm, frames to time on; default the Context's own.
     processes
         Whether each clone has a process of its own instead of a thread. None: threads, unless a full tuning has found
-        processes faster, as they are for small molecules on the Reference platform.
+        processes faster, as they are for small molecules on the Reference platform. A PythonForce stays in threads.
     equal_solvent
-        False: a CustomGBForce is evaluated as it is.
+        True: obc2.xml's CustomGBForce is evaluated as the equal, faster GBSAOBCForce, once both were seen to agree.
+        False: as it is.
     tune
         "full" times processes and the twin (on a GPU too, if torch has one) as well, takes longer, and keeps what it
         finds for later pools of the same System on the same machine (see `tune`); "quick" takes that up, or times
