@@ -42,7 +42,7 @@ def main() -> None:
     ) as sampler:
         for i in range(arguments.rounds):
             simulation.step(arguments.md_steps)
-            sampler.step(arguments.moves)  # on acceptance: new positions, fresh velocities; otherwise nothing changes
+            sampler.step(arguments.moves)  # on acceptance new positions, otherwise nothing changes
             state = simulation.context.getState(positions=True)
             phi[i] = torsion_angle(state.getPositions(asNumpy=True)._value[None], PHI)[0]
         statistics = sampler.statistics

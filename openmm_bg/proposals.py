@@ -309,16 +309,9 @@ class FlowProposals:
         NaN and -inf outside the domain. That is decided before positions exist: the map from internal coordinates would
         fold a forbidden angle back inside.
         """
-        inside, seed = self.coordinates.in_domain(y, s), self.coordinates.zmatrix.seed
-        if bool(inside.all()):
-            made, log_volume = self.coordinates.positions_and_log_volume(y, s)
-            return place_like(made, current, seed), log_volume
-        x = torch.full((len(y), self.coordinates.n_atoms, 3), torch.nan, dtype=torch.float64)
-        log_volume = torch.full((len(y),), -torch.inf, dtype=torch.float64)
-        if bool(inside.any()):
-            made, log_volume[inside] = self.coordinates.positions_and_log_volume(y[inside], s[inside])
-            x[inside] = place_like(made, current, seed)
-        return x, log_volume
+        with torch.no_grad():
+            made, log_volume = self.coordinates.positions_in_domain(y, s)
+            return place_like(made, current, self.coordinates.zmatrix.seed), log_volume
 
     def log_density(
         self, x: Tensor, log_volume: Tensor, reduced_potential: Callable[[FloatArray], float]
@@ -395,19 +388,3 @@ def check_step(step: Any) -> float:
     if isinstance(step, bool) or not isinstance(step, (int, float, np.number)) or not 0.0 < step <= 1.0:
         raise InputError(f"The step of a latent move must be a number in (0, 1], got {step!r}.")
     return float(step)
-
-
-def redraw_velocities(context: openmm.Context, temperature: float, rng: np.random.Generator) -> FloatArray:
-    """Give the Context velocities of this temperature (K) and return them, [N, 3] nm/ps.
-
-    Projected on the constraints at the Context's positions, and freed of the centre's motion if the System has a
-    CMMotionRemover.
-    """
-    context.setVelocitiesToTemperature(temperature, int(rng.integers(1, 2**31 - 1)))
-    velocities = context.getState(velocities=True).getVelocities(asNumpy=True)._value
-    system = context.getSystem()
-    if any(isinstance(force, openmm.CMMotionRemover) for force in system.getForces()):
-        masses = np.array([system.getParticleMass(i)._value for i in range(len(velocities))])
-        velocities = velocities - (masses[:, None] * velocities).sum(0) / masses.sum()
-        context.setVelocities(velocities)
-    return np.array(velocities, dtype=np.float64)

@@ -27,6 +27,7 @@ from openmm_bg.latent_space import CHUNK, FEW, LatentSpace
 from openmm_bg.matching import context_positions, match_system, require_count, target_temperature, usable_device
 from openmm_bg.rules import metropolis
 from openmm_bg.standing import Report, Standing, counts, place, seed_frame
+from openmm_bg.velocities import carry_velocities
 
 __all__ = ["CHUNK", "FEW", "BoltzmannGeneratorSampler"]
 
@@ -54,7 +55,7 @@ class BoltzmannGeneratorSampler:
     n_proposals
         Proposals a Metropolis step chooses from: 1 is formula D, more are formula E.
     seed
-        Of proposals, choices and redrawn velocities.
+        Of proposals, choices and velocities.
     platform, n_workers
         Platform and number of the Contexts that evaluate energies; None chooses by timing. "twin": a torch twin of the
         System evaluates them; "twin:cuda": on a GPU.
@@ -363,17 +364,18 @@ class BoltzmannGeneratorSampler:
         with torch.no_grad():
             y, s, log_volume = self.coordinates.to_internal_and_log_volume(current[None])
             self.coordinates.require_lengths(y, s)
-            inside = bool(self.coordinates.in_domain(y, s)[0])
+            inside = bool(self.coordinates.in_domain(y, s))
+        frame = seed_frame(current, self.coordinates.zmatrix.seed)  # before the flow takes the caches
         log_w = float("inf")  # q = 0: no proposal reaches this state, so detailed balance keeps the chain there
         if not inside:
             z = np.full(tuple(y.shape), np.nan)
         else:
             z, found = self.space.inverse(y)
-            log_q = float(found[0])
+            log_q = float(found)
             if log_q > -float("inf"):
                 self.pool.n_energies += 1  # the comparison with the Context, made anyway, has it
-                log_w = float(log_volume[0]) - energy / self.target.kT - log_q
-        return Standing(current, y, s, log_w, before, z, seed_frame(current, self.coordinates.zmatrix.seed))
+                log_w = float(log_volume) - energy / self.target.kT - log_q
+        return Standing(current, y, s, log_w, before, z, frame)
 
     def weigh(self, standing: Standing, y: Tensor, log_q: Tensor) -> tuple[Tensor, np.ndarray]:
         """Positions [B, N, 3] and log π - log q [B] of proposals y [B, D] at the s and place of where a move began.
@@ -382,19 +384,14 @@ class BoltzmannGeneratorSampler:
         energy that is not finite.
         """
         x, log_volume = place(self.coordinates, standing, y)
-        weights = self._log_density(x, log_volume) - log_q.numpy()
+        weights = (log_volume - log_q).numpy() - self.pool.energies(x) / self.target.kT
         return x, np.where(np.isfinite(weights), weights, -np.inf)
 
-    def _log_density(self, x: Tensor, log_volume: Tensor) -> np.ndarray:
-        """log π [B] with energies at the very positions x that the Context has or would get; -inf for NaN rows."""
-        log_density = log_volume.numpy() - self.pool.energies(x) / self.target.kT
-        return np.where(np.isfinite(log_density), log_density, -np.inf)
-
     def settle(self, standing: Standing, info: metropolis.Info, positions: Tensor | None) -> Report:
-        """Give the Context the positions [N, 3] that were accepted, and fresh velocities; None leaves it untouched."""
+        """Give the Context the positions [N, 3] that were accepted, with its velocities; None leaves it untouched."""
         if positions is not None:
-            self.context.setPositions(positions.numpy())
-            self._redraw_velocities()
+            old, new = standing.positions.numpy(), positions.numpy()
+            carry_velocities(self.context, old, new, self.temperature, self._rng)
         return {
             "n_proposed": info.n_proposed,
             "n_accepted": info.n_accepted,
@@ -411,8 +408,8 @@ class BoltzmannGeneratorSampler:
         """n exact Metropolis steps on the Context's own positions (formula D; n_proposals > 1: formula E).
 
         What the flow does not model (s) stays as it is, and so do seed atom 0, the direction to seed atom 1 and the
-        half-plane of seed atom 2; alternate with MD, which moves them. After an accepted step the velocities are
-        redrawn; if nothing was accepted the Context is not touched at all.
+        half-plane of seed atom 2; alternate with MD, which moves them. Velocities are carried over to accepted
+        positions (`velocities`); if nothing was accepted the Context is not touched at all.
 
         Parameters
         ----------
@@ -456,13 +453,6 @@ class BoltzmannGeneratorSampler:
         assert info is not None
         self._info = info if self._info is None else self._info + info
         return self.settle(standing, info, chosen)
-
-    def _redraw_velocities(self) -> None:
-        self.context.setVelocitiesToTemperature(self.temperature, int(self._rng.integers(1, 2**31 - 1)))
-        if any(isinstance(force, openmm.CMMotionRemover) for force in self._system.getForces()):
-            velocities = self.context.getState(velocities=True).getVelocities(asNumpy=True)._value
-            masses = np.array(self.coordinates.constraints.masses)
-            self.context.setVelocities(velocities - masses @ velocities / masses.sum())
 
 
 def _kinematics(system: openmm.System) -> tuple[int, list[float], list[tuple[int, int, float]]]:

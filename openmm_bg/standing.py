@@ -71,13 +71,13 @@ def seed_frame(x: Tensor, seed: tuple[int, int, int]) -> Tensor:
     There seed atom 1 lies on +x of atom 0 and atom 2 at y > 0: the columns are the direction 0→1, the half-plane's
     direction normal to it, and their cross product.
     """
-    a, b, c = x.numpy()[list(seed)].tolist()
+    a, b, c = (x[atom].tolist() for atom in seed)
     length = math.dist(a, b)
     e = [(v - u) / length for u, v in zip(a, b, strict=True)]
     n = _cross(e, [v - u for u, v in zip(b, c, strict=True)])
     size = math.hypot(*n)
     n = [v / size for v in n]
-    return torch.from_numpy(np.array([e, _cross(n, e), n])).T
+    return x.new_tensor([e, _cross(n, e), n]).T
 
 
 def _cross(a: list[float], b: list[float]) -> list[float]:
@@ -92,20 +92,8 @@ def place(coordinates: CoordinateMap, standing: Standing, y: Tensor) -> tuple[Te
     outside the domain, which is decided before positions exist.
     """
     with torch.no_grad():
-        s = standing.s.expand(len(y), -1)
-        inside = coordinates.in_domain(y, s)
-        if bool(inside.all()):
-            return _placed(coordinates, standing, y, s)
-        x = torch.full((len(y), coordinates.n_atoms, 3), torch.nan, dtype=torch.float64)
-        log_volume = torch.full((len(y),), -torch.inf, dtype=torch.float64)
-        if bool(inside.any()):
-            x[inside], log_volume[inside] = _placed(coordinates, standing, y[inside], s[inside])
-        return x, log_volume
-
-
-def _placed(coordinates: CoordinateMap, standing: Standing, y: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    made, log_volume = coordinates.positions_and_log_volume(y, s)
-    return made @ standing.frame.T + standing.positions[coordinates.zmatrix.seed[0]], log_volume
+        made, log_volume = coordinates.positions_in_domain(y, standing.s)
+        return made @ standing.frame.T + standing.positions[coordinates.zmatrix.seed[0]], log_volume
 
 
 def counts(info: Info | None) -> dict[str, int]:

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import cos, sin
 from typing import Any
 
 import torch
@@ -101,6 +102,16 @@ def _log_determinant(scaled: Tensor, size: int) -> Tensor:
     return torch.linalg.det(matrix).log()
 
 
+def _log_determinant_of(scaled: Sequence[float], size: int) -> float:
+    """`_log_determinant` of one matrix, from the floats above its diagonal."""
+    if size > 3:
+        return float(_log_determinant(torch.tensor([[scaled]], dtype=torch.float64), size))
+    off = 2 * math.prod(scaled) - sum([value * value for value in scaled]) if size == 3 else -scaled[0] * scaled[0]
+    if off > -1.0:
+        return math.log1p(off)
+    return -math.inf if off == -1.0 else math.nan
+
+
 class FixmanTerm(nn.Module):
     """Φ = ½ log det Z [B], block by block: one block for each heavy atom and its constrained hydrogens.
 
@@ -128,6 +139,7 @@ class FixmanTerm(nn.Module):
                 share = 1.0 / (heavy * math.sqrt(diagonal[k] * diagonal[other]))
                 pairs.setdefault(len(rows), []).append((rows[k], rows[other], share))
         self.register_buffer("_constant", torch.tensor(constant, dtype=torch.float64), persistent=False)
+        self._offset, self._pairs = constant, pairs
         self._sizes = sorted(pairs)
         for size in self._sizes:
             first, second, shares = zip(*pairs[size], strict=True)
@@ -140,6 +152,18 @@ class FixmanTerm(nn.Module):
         total = self._constant.to(theta.dtype).expand(len(theta))
         for found in self.log_determinants(theta, phi):
             total = total + 0.5 * found.sum(-1)
+        return total
+
+    def of_frame(self, theta: Sequence[float], phi: Sequence[float]) -> float:
+        """Φ of one frame, from the floats of its angles and dihedrals [K]."""
+        total = self._offset
+        for size, pairs in self._pairs.items():
+            scaled = [
+                (cos(theta[k]) * cos(theta[j]) + sin(theta[k]) * sin(theta[j]) * cos(phi[k] - phi[j])) * share
+                for k, j, share in pairs
+            ]
+            n = size * (size - 1) // 2
+            total += 0.5 * sum([_log_determinant_of(scaled[i : i + n], size) for i in range(0, len(scaled), n)])
         return total
 
     def log_determinants(self, theta: Tensor, phi: Tensor) -> list[Tensor]:

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from openmm_bg.coordinates.constraints import Constraints, FixmanTerm
 from openmm_bg.coordinates.graph import MoleculeGraph
+from openmm_bg.coordinates.single import SingleFrame
 from openmm_bg.coordinates.statistics import (
     SECTOR,
     Coordinate,
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 Representation = Literal["full", "reduced"]
 
+#: Atoms in a molecule up to which one frame is left to `openmm_bg.coordinates.single`.
+SINGLE_ATOMS = 100
 #: Mean angle (rad) from which a warning is given: 1 / sin θ is 20 there.
 LINEAR_ANGLE = math.radians(177.0)
 #: rms deviation (nm) of constrained lengths in data from which a warning is given; stored frames round to 1e-3 nm,
@@ -155,7 +157,7 @@ class CoordinateMap(nn.Module):
         buffer("_triples", np.array(zmatrix.triple, dtype=int).reshape(-1, 3).T)
         # Columns of (y, s) to gather from: one for each length and angle, some with weights for each dihedral.
         unsplit = np.argsort([columns[i] for i in modelled + fixed])
-        sources, weights = _dihedral_sums(zmatrix)
+        sources, weights = zmatrix.dihedral_sums()
         buffer("_lengths_and_angles", unsplit[: 3 + 2 * rows])
         buffer("_dihedral_sources", unsplit[3 + 2 * rows :][sources].reshape(-1))
         buffer("_dihedral_weights", weights, torch.float64)
@@ -167,6 +169,8 @@ class CoordinateMap(nn.Module):
         buffer("_lower", [low for low, _ in bounds], torch.float64)
         buffer("_upper", [high for _, high in bounds], torch.float64)
         self._set_constraints(constraints)
+        order = [columns[i] for i in modelled + fixed]
+        self._single = SingleFrame(zmatrix, self.fixman, order, self._wrap_centre.tolist(), bounds)
 
     # ---------------------------------------------------------------- construction
 
@@ -307,6 +311,11 @@ class CoordinateMap(nn.Module):
 
     def to_internal_and_log_volume(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As `to_internal`, and log J + Φ [B], which is cheap while all angles are at hand."""
+        if self._is_alone(positions):
+            values, volume = self._single.to_internal(positions.tolist()[0])
+            n = self.n_modelled
+            y, s, log_volume = (positions.new_tensor(part) for part in ([values[:n]], [values[n:]], [volume]))
+            return y, s, log_volume
         seed, r, theta, phi = self.internal.to_internal(positions)
         return *self._split(seed, r, theta, phi), log_jacobian(seed, r, theta) + self.fixman(theta, phi)
 
@@ -334,7 +343,7 @@ class CoordinateMap(nn.Module):
         InputError
             Names the first such bond.
         """
-        values = torch.cat((y, s), dim=1)[0].tolist()
+        values = self._values(y, s)
         for column, a, b, usual, constrained in self._lengths:
             value = values[column]
             if constrained and abs(value / usual - 1.0) > 0.05:
@@ -382,17 +391,54 @@ class CoordinateMap(nn.Module):
 
     def positions_and_log_volume(self, y: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """Both of the above, sharing their work."""
+        if self._is_alone(y) and math.isfinite(sum(values := self._values(y, s))):
+            return self._single_positions(values)
         seed, r, theta, phi = self._raw(y, s)
         volume = log_jacobian(seed, r, theta) + self.fixman(theta, phi)
         return self.internal.to_positions(seed, r, theta, phi), volume
+
+    def positions_in_domain(self, y: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """As `positions_and_log_volume`; NaN and -inf outside the domain, which is decided before positions exist."""
+        if self._is_alone(y) and self._single.in_domain(values := self._values(y, s)):
+            return self._single_positions(values)
+        inside = self.in_domain(y, s)
+        if bool(inside.all()):
+            return self.positions_and_log_volume(y, s)
+        positions, volume = y.new_full((len(y), self.n_atoms, 3), math.nan), y.new_full((len(y),), -math.inf)
+        if bool(inside.any()):
+            s = s.expand(len(y), self.n_fixed)
+            positions[inside], volume[inside] = self.positions_and_log_volume(y[inside], s[inside])
+        return positions, volume
 
     def in_domain(self, y: Tensor, s: Tensor) -> Tensor:
         """True [B] where lengths are positive, angles in (0, π) and linear angles in their sector, in y and in s.
 
         Rule 3 of docs/theory.md: decided on the coordinates, for positions made from them fold back inside.
         """
+        if self._is_alone(y):
+            return torch.tensor([self._single.in_domain(self._values(y, s))])
         both = torch.cat((y, s.to(y).expand(len(y), self.n_fixed)), dim=-1)
         return ((both > self._lower.to(y.dtype)) & (both < self._upper.to(y.dtype))).all(-1)
+
+    def _is_alone(self, batch: Tensor) -> bool:
+        """Whether `SingleFrame` serves a batch: one frame of a small molecule on a CPU, and no gradient wanted."""
+        return (
+            not torch.jit.is_tracing()
+            and not torch.is_grad_enabled()
+            and batch.shape[0] == 1
+            and self.n_atoms <= SINGLE_ATOMS
+            and batch.dtype == torch.float64
+            and batch.is_cpu
+        )
+
+    def _values(self, y: Tensor, s: Tensor) -> list[float]:
+        """(y [1, D], s [1, S] or [S]) as floats."""
+        values: list[float] = y.tolist()[0] + s.reshape(-1).tolist()
+        return values
+
+    def _single_positions(self, values: list[float]) -> tuple[Tensor, Tensor]:
+        x, volume = self._single.to_positions(values)
+        return torch.tensor([x], dtype=torch.float64), torch.tensor([volume], dtype=torch.float64)
 
     # ---------------------------------------------------------------- JSON
 
@@ -428,27 +474,6 @@ class CoordinateMap(nn.Module):
             Constraints([(b[0], b[1]) for b in constraints["bonds"]], constraints["lengths"], constraints["masses"]),
             data["representation"],
         )
-
-
-def _dihedral_sums(zmatrix: ZMatrix) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Each row's dihedral φ as a sum over the dihedral coordinates of rows: those rows [P, K] and their weights [P, K].
-
-    A sibling adds its carrier's, which, in a methyl group, is t = t' - (δ1 + δ2)/3.
-    """
-    sums = [{row: 1.0} for row in range(len(zmatrix.rows))]
-    for first, second, third in zmatrix.triple:
-        sums[first] |= {second: -1 / 3, third: -1 / 3}
-    carried = [dict(found) for found in sums]
-    for row, carrier in enumerate(zmatrix.carrier):
-        if carrier not in (row, -1):
-            for source, weight in sums[carrier].items():
-                carried[row][source] = carried[row].get(source, 0.0) + weight
-    n = max((len(found) for found in carried), default=1)
-    sources = np.tile(np.arange(len(carried)), (n, 1))
-    weights = np.zeros((n, len(carried)))
-    for row, found in enumerate(carried):
-        sources[: len(found), row], weights[: len(found), row] = list(found), list(found.values())
-    return sources, weights
 
 
 def _bounds(coordinate: Coordinate, sector: float) -> tuple[float, float]:

@@ -11,6 +11,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from openmm_bg.coordinates.graph import MoleculeGraph
 from openmm_bg.errors import InputError
 
@@ -46,6 +49,26 @@ class ZMatrix:
     @property
     def n_atoms(self) -> int:
         return len(self.rows) + 3
+
+    def dihedral_sums(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Each row's φ as a sum over the dihedral coordinates of rows: those rows [P, K] and their weights [P, K].
+
+        A sibling adds its carrier's, which, in a methyl group, is t = t' - (δ1 + δ2)/3.
+        """
+        sums = [{row: 1.0} for row in range(len(self.rows))]
+        for first, second, third in self.triple:
+            sums[first] |= {second: -1 / 3, third: -1 / 3}
+        carried = [dict(found) for found in sums]
+        for row, carrier in enumerate(self.carrier):
+            if carrier not in (row, -1):
+                for source, weight in sums[carrier].items():
+                    carried[row][source] = carried[row].get(source, 0.0) + weight
+        n = max((len(found) for found in carried), default=1)
+        sources = np.tile(np.arange(len(carried)), (n, 1))
+        weights = np.zeros((n, len(carried)))
+        for row, found in enumerate(carried):
+            sources[: len(found), row], weights[: len(found), row] = list(found), list(found.values())
+        return sources, weights
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from itertools import repeat
 from typing import Any, TypeAlias
 
 import torch  # noqa: F401  # isort: skip  (before openmm, or its torch plugin does not load)
@@ -101,7 +102,7 @@ def _reader(name: str) -> Callable[[openmm.Force], Any]:
         found: list[Any] = [name, [setting(force) for setting in settings]]
         for count, getters in lists:
             elements = range(count(force))
-            found += [[getter(force, i) for i in elements] for getter in getters]
+            found += [list(map(getter, repeat(force), elements)) for getter in getters]
         return found
 
     return read

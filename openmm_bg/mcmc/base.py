@@ -22,8 +22,9 @@ from openmmtools.states import SamplerState, ThermodynamicState  # isort: skip
 from openmm_bg.artifact import Flow, load
 from openmm_bg.errors import ArtifactError, InputError
 from openmm_bg.matching import require_count
-from openmm_bg.proposals import FlowProposals, Outcome, check_step, redraw_velocities
+from openmm_bg.proposals import FlowProposals, Outcome, check_step
 from openmm_bg.surroundings import check_atoms, require_molecule
+from openmm_bg.velocities import carry_velocities
 
 STATE_VERSION = 2  # 1 had no atom_subset
 _COUNTS = ("n_accepted", "n_proposed", "n_outside")
@@ -180,8 +181,11 @@ class FlowMove(MCMCMove):
         positions = sampler_state.positions.value_in_unit(unit.nanometer)
         outcome = self._walk(proposals, positions, reduced_potential, rng)
         if outcome.positions is not None:
-            context.setPositions(outcome.positions)
-            velocities = redraw_velocities(context, thermodynamic_state.temperature.value_in_unit(unit.kelvin), rng)
+            # A cached Context has the velocities of whatever ran in it last.
+            known = sampler_state.velocities
+            context.setVelocities(np.zeros_like(positions) if known is None else known)
+            kelvin = thermodynamic_state.temperature.value_in_unit(unit.kelvin)
+            velocities = carry_velocities(context, positions, outcome.positions, kelvin, rng)
             sampler_state.positions = outcome.positions * unit.nanometer
             sampler_state.velocities = velocities * (unit.nanometer / unit.picosecond)
         self._counts["n_proposed"] += outcome.info.n_proposed

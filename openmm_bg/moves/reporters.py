@@ -24,8 +24,8 @@ class Move(Protocol):
 class MoveReporter:
     """A reporter for ``openmm.app.Simulation`` that makes exact moves at regular intervals.
 
-    It writes nothing. Positions change only by an accepted move, which keeps every constraint and redraws the
-    velocities; time and step count do not. The moves' own counts are in ``move.statistics``.
+    It writes nothing. Positions change only by an accepted move, which keeps every constraint and carries
+    the velocities over; time and step count do not change. The moves' own counts are in ``move.statistics``.
 
     Reporters that are due at the same step and ask for data get a State which OpenMM took before the first of them was
     called; those that read the Context themselves see the moves of the reporters before them in the list. Both are

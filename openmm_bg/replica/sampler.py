@@ -18,9 +18,10 @@ from openmm_bg.artifact import Flow, load
 from openmm_bg.energy import thermal_energy
 from openmm_bg.errors import InputError
 from openmm_bg.matching import first_line, require_count
-from openmm_bg.proposals import FlowProposals, Outcome, check_counts, check_step, redraw_velocities
+from openmm_bg.proposals import FlowProposals, Outcome, check_counts, check_step
 from openmm_bg.rules.annealing import check_schedule
 from openmm_bg.surroundings import require_molecule
+from openmm_bg.velocities import carry_velocities
 from openmm_bg.swaps import FlowSwap
 
 _NO_STEPS = {"n_proposed": 0, "n_accepted": 0, "n_outside": 0}
@@ -59,7 +60,7 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
     n_kernel_steps
         Latent steps at each λ of ``schedule``.
     seed
-        Of proposals, choices, learned swaps and redrawn velocities. Exchanges draw from Python's ``random``.
+        Of proposals, choices, learned swaps and velocities. Exchanges draw from Python's ``random``.
     state_flows
         Flows of single states, by index: one trained on MD at the state's own temperature.
     swaps
@@ -232,8 +233,8 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
         EnergyError
             The energy of a current conformation cannot be computed.
         """
-        # In this order each replica's velocities belong to its state when a swap draws new ones: OpenMM rescales them
-        # for an exchange only when the replica is simulated next.
+        # In this order each replica's velocities belong to its state when a swap carries them over: OpenMM rescales
+        # them for an exchange only when the replica is simulated next.
         for (a, b), swap in self._swaps.items():
             self._swap(a, b, swap)
         super().exchangeReplicas()
@@ -311,10 +312,10 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
                 self.replicaStateEnergy[replica] = self._sampler.computeAllEnergies()
 
     def _take(self, index: int, state: int, positions: np.ndarray) -> None:
-        """Give a replica these positions and velocities of its state; the Context holds the rest of it."""
+        """Give a replica these positions, and its velocities there; the Context holds the rest of it."""
         context = self.simulation.context
-        context.setPositions(positions)
-        redraw_velocities(context, self._state_temperature(state), self._rng)
+        before = self.replicaConformation[index].getPositions(asNumpy=True)._value
+        carry_velocities(context, before, positions, self._state_temperature(state), self._rng)
         self.replicaConformation[index] = context.getState(
             positions=True, velocities=True, parameters=True, integratorParameters=True
         )

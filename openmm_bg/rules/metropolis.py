@@ -18,12 +18,14 @@ A rejection repeats the old state: index unchanged, nothing recomputed. Formulas
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from openmm_bg.errors import InputError
+from openmm_bg.rules.state import BoolArray, FloatArray, Info, IntArray, State, largest
 
 __all__ = [
     "Info",
@@ -35,99 +37,6 @@ __all__ = [
     "metropolis_step",
     "multiple_proposal_chain",
 ]
-
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
-BoolArray = NDArray[np.bool_]
-
-
-@dataclass(frozen=True, eq=False)
-class State:
-    """What a chain carries from one step to the next.
-
-    Parameters
-    ----------
-    value : ndarray, shape [..., D]
-        Whatever moves: y, or the latent z of formula F.
-    log_w : ndarray, shape [...]
-        log π - log q there, with the constant common to all states left free.
-    """
-
-    value: FloatArray
-    log_w: FloatArray
-
-    def __post_init__(self) -> None:
-        log_w = np.asarray(self.log_w, dtype=np.float64)
-        value = np.asarray(self.value)
-        if value.shape[: log_w.ndim] != log_w.shape:
-            raise InputError(f"value must begin with the axes of log_w {log_w.shape}, got shape {value.shape}.")
-        if np.any(np.isnan(log_w)):
-            raise InputError("log_w holds NaN: give a state that must never be visited as -inf.")
-        object.__setattr__(self, "log_w", log_w)
-        object.__setattr__(self, "value", value)
-
-
-@dataclass(frozen=True, eq=False)
-class Info:
-    """What a chain reports about the steps it has made; ``info_1 + info_2`` joins consecutive pieces.
-
-    Attributes
-    ----------
-    n_proposed : int
-        Steps, over all chains.
-    n_accepted : int
-        Steps that left the state they started from.
-    n_energies : int
-        Proposals that were weighed: n_proposed for formulas D and F, K times as many for E.
-    acceptance_probability : float
-        Mean over steps of the probability to move, less noisy than n_accepted / n_proposed; NaN if no step.
-    longest_rejection_streak : int
-        Longest run of steps without a move in any chain.
-    leading_rejections, trailing_rejections : ndarray of int, shape [chains]
-        Steps before the first move and after the last one, so that a streak is followed across pieces.
-    """
-
-    n_proposed: int
-    n_accepted: int
-    n_energies: int
-    acceptance_probability: float
-    longest_rejection_streak: int
-    leading_rejections: IntArray
-    trailing_rejections: IntArray
-
-    @property
-    def acceptance_rate(self) -> float:
-        """n_accepted / n_proposed; NaN if no step was made."""
-        return self.n_accepted / self.n_proposed if self.n_proposed else float("nan")
-
-    def __add__(self, later: Info) -> Info:
-        if not isinstance(later, Info):
-            return NotImplemented
-        if self.leading_rejections.shape != later.leading_rejections.shape:
-            raise InputError("Only reports on the same chains can be added.")
-        if self.n_proposed == 0:
-            return later
-        if later.n_proposed == 0:
-            return self
-        total = self.n_proposed + later.n_proposed
-        chains = self.leading_rejections.size
-        joined = self.trailing_rejections + later.leading_rejections
-        never_before = self.leading_rejections == self.n_proposed // chains
-        never_after = later.leading_rejections == later.n_proposed // chains
-        return Info(
-            n_proposed=total,
-            n_accepted=self.n_accepted + later.n_accepted,
-            n_energies=self.n_energies + later.n_energies,
-            acceptance_probability=(
-                self.acceptance_probability * self.n_proposed + later.acceptance_probability * later.n_proposed
-            )
-            / total,
-            longest_rejection_streak=int(
-                max(self.longest_rejection_streak, later.longest_rejection_streak, joined.max(initial=0))
-            ),
-            leading_rejections=np.where(never_before, joined, self.leading_rejections),
-            trailing_rejections=np.where(never_after, joined, later.trailing_rejections),
-        )
 
 
 def _report(moved: BoolArray, probability: FloatArray, energies_per_step: int) -> Info:
@@ -159,9 +68,10 @@ def _check(
             f"log_w_proposed must have the axes of log_w_current {current.shape} and {extra_axes} more, "
             f"got shape {proposed.shape}."
         )
-    if np.any(np.isnan(current)) or np.any(np.isnan(proposed)):
+    top = largest(proposed)
+    if math.isnan(largest(current)) or math.isnan(top):
         raise InputError("A log-weight is NaN: give a state whose energy is not finite as -inf.")
-    if np.any(proposed == np.inf):
+    if top == math.inf:
         raise InputError("A proposal has a log-weight of +inf, which means that it was not drawn from the flow.")
     shape = current.shape
     return current.reshape(-1), proposed.reshape(current.size, *proposed.shape[current.ndim :]), shape
@@ -179,6 +89,32 @@ def log_acceptance(log_w_current: ArrayLike, log_w_proposed: ArrayLike) -> Float
     difference = np.where(np.isfinite(proposed), proposed, 0.0) - np.where(np.isfinite(current), current, 0.0)
     out = np.where(current == -np.inf, 0.0, np.minimum(difference, 0.0))
     return np.where((current == np.inf) | (proposed == -np.inf), -np.inf, out)
+
+
+def _one_chain(current: float, proposed: Sequence[float], rng: np.random.Generator) -> tuple[list[int], Info]:
+    """`independence_chain` of one chain, after its checks, in floats: numpy is slow where arrays have one number."""
+    index: list[int] = []
+    at, n_accepted, streak, longest, probability = -1, 0, 0, 0, 0.0
+    exponentials = rng.standard_exponential(len(proposed)).tolist()
+    for k, (log_w, exponential) in enumerate(zip(proposed, exponentials, strict=True)):
+        if current < math.inf and log_w > -math.inf:
+            probability += math.exp(min(log_w - current, 0.0))
+        streak += 1
+        if log_w > current - exponential:
+            at, current, streak = k, log_w, 0
+            n_accepted += 1
+        longest = max(longest, streak)
+        index.append(at)
+    n = len(index)
+    return index, Info(
+        n_proposed=n,
+        n_accepted=n_accepted,
+        n_energies=n,
+        acceptance_probability=probability / n if n else math.nan,
+        longest_rejection_streak=longest,
+        leading_rejections=np.array([index.count(-1)]),
+        trailing_rejections=np.array([streak]),
+    )
 
 
 def independence_chain(
@@ -214,6 +150,9 @@ def independence_chain(
     """
     current, proposed, shape = _check(log_w_current, log_w_proposed, 1)
     chains, n = proposed.shape
+    if chains == 1:
+        found, report = _one_chain(current.item(), proposed[0].tolist(), rng)
+        return np.array(found, dtype=np.int64).reshape(*shape, n), report
     log_u = -rng.standard_exponential((chains, n))
     before = np.empty((chains, n))
     moved = np.empty((chains, n), dtype=np.bool_)
@@ -457,6 +396,9 @@ def metropolis_step(
             f"The proposal's value must have the state's shape {state.value.shape}, got {proposal.value.shape}."
         )
     _check(state.log_w, proposal.log_w, 0)
+    if log_ratio is None and state.log_w.size == 1:
+        index, info = _one_chain(state.log_w.item(), [proposal.log_w.item()], rng)
+        return (state if index[0] < 0 else proposal), info
     log_alpha = log_acceptance(state.log_w, proposal.log_w)
     if log_ratio is not None:
         ratio = np.asarray(log_ratio, dtype=np.float64)

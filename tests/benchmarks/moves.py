@@ -81,7 +81,7 @@ class Shares:
     def __init__(self, sampler: Any) -> None:
         self.spent: dict[str, float] = {}
         self._inside = False
-        coordinates = ("to_internal_and_log_volume", "positions_and_log_volume", "in_domain", "require_lengths")
+        coordinates = ("to_internal_and_log_volume", "positions_in_domain", "in_domain", "require_lengths")
         for label, owner, names in (
             ("energies and flow passes", pools, ("read_state",)),
             ("energies and flow passes", sampler.pool, ("energies", "_evaluate_state")),

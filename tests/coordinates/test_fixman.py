@@ -260,6 +260,7 @@ def test_partial_moves_sample_sqrt_det_z(bent_molecule, partial_moves):
 @pytest.mark.statistical
 def test_partial_moves_without_the_fixman_term_are_wrong(bent_molecule, partial_moves, monkeypatch):
     monkeypatch.setattr(FixmanTerm, "forward", lambda self, theta, phi: torch.zeros_like(theta[:, 0]))
+    monkeypatch.setattr(FixmanTerm, "of_frame", lambda self, theta, phi: 0.0)
     x = partial_moves(N_CHAIN)
     monkeypatch.undo()
     assert np.abs(z_scores(fitted_map(bent_molecule), x, with_fixman=True, whole=False)).max() > 6

@@ -145,6 +145,11 @@ def test_replicas_take_over_what_was_accepted(dipeptide, hot_flow, monkeypatch):
     probe = openmm.Context(dipeptide.system, openmm.VerletIntegrator(0.001), REFERENCE)
     kinetic = {0: [], 1: []}
     for refuse in [True] + [False] * 40:
+        for replica, temperature in ((0, 300.0), (1, 350.0)):  # carried over they stay the same from swap to swap
+            context = sampler.simulation.context
+            context.setState(sampler.replicaConformation[replica])
+            context.setVelocitiesToTemperature(temperature, 1 + len(proposals))
+            sampler.replicaConformation[replica] = context.getState(positions=True, velocities=True, parameters=True)
         before, energies = list(sampler.replicaConformation), copy.deepcopy(sampler.replicaStateEnergy)
         sampler.exchangeReplicas()
         assert sampler.replicaStateIndex == [0, 1]

@@ -114,6 +114,45 @@ def test_chains_do_not_mix():
     assert info.longest_rejection_streak == 2
 
 
+def test_one_chain_is_the_first_of_two():
+    """A chain alone runs in Python's floats, and meets the same exponentials as among others."""
+
+    class Drawn:
+        """An rng that hands out the same row to everyone."""
+
+        def __init__(self, row):
+            self.row = row
+
+        def standard_exponential(self, shape):
+            return np.broadcast_to(self.row, shape).copy()
+
+    generator = rng()
+    for current in (0.0, 2.5, -40.0, INF, -INF):
+        for n in (0, 1, 30):
+            proposed = generator.normal(scale=3.0, size=n)
+            proposed[generator.random(n) < 0.2] = -INF
+            drawn = Drawn(generator.standard_exponential(n))
+            one, alone = metropolis.independence_chain(current, proposed, drawn)
+            two, among = metropolis.independence_chain(np.full(2, current), np.stack([proposed, proposed]), drawn)
+            assert one.dtype == two.dtype and one.shape == (n,)
+            np.testing.assert_array_equal(np.stack([one, one]), two)
+            assert 2 * alone.n_accepted == among.n_accepted and 2 * alone.n_energies == among.n_energies
+            assert alone.longest_rejection_streak == among.longest_rejection_streak
+            assert alone.acceptance_probability == pytest.approx(among.acceptance_probability, nan_ok=True)
+            for name in ("leading_rejections", "trailing_rejections"):
+                np.testing.assert_array_equal(np.repeat(getattr(alone, name), 2), getattr(among, name))
+        for log_w in (-INF, -3.0, 1.0):
+            drawn = Drawn(generator.standard_exponential(1))
+            old, new = State(np.zeros((1, 2)), np.array([current])), State(np.ones((1, 2)), np.array([log_w]))
+            state, alone = metropolis.metropolis_step(old, new, drawn)
+            twice = [State(np.repeat(s.value, 2, 0), np.repeat(s.log_w, 2)) for s in (old, new)]
+            states, among = metropolis.metropolis_step(*twice, drawn)
+            np.testing.assert_array_equal(np.repeat(state.value, 2, 0), states.value)
+            np.testing.assert_array_equal(np.repeat(state.log_w, 2), states.log_w)
+            assert 2 * alone.n_accepted == among.n_accepted
+            assert alone.acceptance_probability == pytest.approx(among.acceptance_probability)
+
+
 def test_reports_join_as_if_the_chain_had_run_in_one_piece():
     generator = rng()
     for _ in range(200):

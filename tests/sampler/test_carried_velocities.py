@@ -1,0 +1,223 @@
+"""Velocities carried over to accepted positions (rule 5 of docs/theory.md)."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch  # noqa: F401  (before openmm)
+
+import openmm_bg.velocities
+from openmm_bg.energy import BOLTZMANN
+from openmm_bg.velocities import carry_velocities
+
+import openmm  # isort: skip
+
+REFERENCE = openmm.Platform.getPlatformByName("Reference")
+KELVIN, STEP = 300.0, 0.004
+kT = BOLTZMANN * KELVIN
+MASSES = np.array([[16.0], [1.0], [1.5], [12.0]])
+BONDS = ((0, 1), (0, 2))
+
+
+def on_the_step(step):
+    """Velocity Verlet: positions and velocities of the same time."""
+    integrator = openmm.CustomIntegrator(step)
+    integrator.addComputePerDof("v", "v + 0.5*dt*f/m")
+    integrator.addComputePerDof("x", "x + dt*v")
+    integrator.addComputePerDof("v", "v + 0.5*dt*f/m")
+    return integrator
+
+
+#: An integrator, and how many steps its velocities are behind the positions.
+INTEGRATORS = [
+    (lambda: openmm.LangevinMiddleIntegrator(KELVIN, 1.0, STEP), 0.5),
+    (lambda: openmm.VerletIntegrator(STEP), 0.5),
+    (lambda: on_the_step(STEP), 0.0),
+]
+
+
+def bent_molecule(remover=False):
+    """An atom with two constrained neighbours, and a fourth on a stiff bond."""
+    system = openmm.System()
+    for mass in MASSES[:, 0]:
+        system.addParticle(mass)
+    for bond in BONDS:
+        system.addConstraint(*bond, 0.1)
+    bonds = openmm.HarmonicBondForce()
+    bonds.addBond(0, 3, 0.15, 3e5)
+    bonds.addBond(1, 2, 0.15, 2e4)
+    system.addForce(bonds)
+    if remover:
+        system.addForce(openmm.CMMotionRemover())
+    return system
+
+
+def conformation(angle, stretch, turn):
+    """[4, 3] nm: the two neighbours at this angle, the whole turned about an axis."""
+    x = np.array(
+        [
+            [0.0, 0.0, 0.0],
+            [0.1, 0.0, 0.0],
+            [0.1 * np.cos(angle), 0.1 * np.sin(angle), 0.0],
+            [-0.05, -0.06, stretch],
+        ]
+    )
+    c, s = np.cos(turn), np.sin(turn)
+    return x @ np.array([[c, 0.0, -s], [0.0, 1.0, 0.0], [s, 0.0, c]]).T
+
+
+OLD, NEW = conformation(1.7, 0.14, 0.2), conformation(1.2, 0.12, 1.9)
+
+
+def projection(x):
+    """[12, 12], acting on velocities: without what changes a constrained distance, in the metric of the masses."""
+    jacobian = np.zeros((len(BONDS), 4, 3))
+    for k, (i, j) in enumerate(BONDS):
+        jacobian[k, i], jacobian[k, j] = x[i] - x[j], x[j] - x[i]
+    jacobian = jacobian.reshape(len(BONDS), 12)
+    scaled = jacobian / np.repeat(MASSES[:, 0], 3)
+    return np.eye(12) - scaled.T @ np.linalg.solve(scaled @ jacobian.T, jacobian)
+
+
+def behind(x, steps):
+    """[12] nm/ps: from velocities on the step to those of so many steps earlier."""
+    context = openmm.Context(bent_molecule(), openmm.VerletIntegrator(0.001), REFERENCE)
+    context.setPositions(x)
+    forces = context.getState(forces=True).getForces(asNumpy=True)._value
+    return -steps * STEP * projection(x) @ (forces / MASSES).ravel()
+
+
+def deviation(make_integrator, steps, rng, n=2500):
+    """Largest deviation of the covariance of carried velocities [12, 12] from Maxwell's, in standard errors.
+
+    Velocities come from Maxwell's distribution on the step at OLD, and are looked at on the step at NEW.
+    """
+    integrator = make_integrator()
+    integrator.setConstraintTolerance(1e-10)
+    context = openmm.Context(bent_molecule(), integrator, REFERENCE)
+    allowed, spread, shift = projection(OLD), np.sqrt(kT / MASSES), behind(OLD, steps)
+    found = np.empty((n, 12))
+    for row in found:
+        v = allowed @ (spread * rng.standard_normal((4, 3))).ravel() + shift
+        context.setPositions(OLD)
+        context.setVelocities(v.reshape(4, 3))
+        row[:] = carry_velocities(context, OLD, NEW, KELVIN, rng).ravel()
+    found -= behind(NEW, steps)
+    expected = projection(NEW) @ np.diag(kT / np.repeat(MASSES[:, 0], 3))
+    # Var of an element of a covariance that is estimated from n normal vectors of known mean (Isserlis).
+    error = np.sqrt((expected**2 + np.outer(expected.diagonal(), expected.diagonal())) / n)
+    means = np.abs(found.mean(0)) / np.sqrt(expected.diagonal() / n)
+    return max((np.abs(found.T @ found / n - expected) / error).max(), means.max())
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize(("make_integrator", "steps"), INTEGRATORS)
+def test_carried_velocities_have_maxwells_distribution_on_the_new_constraints(make_integrator, steps):
+    # 78 covariances and 12 means: one in 1e5 runs has one of them 5 standard errors off.
+    assert deviation(make_integrator, steps, np.random.default_rng(1)) < 5.0
+
+
+@pytest.mark.statistical
+def test_a_deliberate_error_is_seen(monkeypatch):
+    make_integrator, steps = INTEGRATORS[0]
+    half_step, allowed = openmm_bg.velocities._half_step, openmm_bg.velocities._allowed
+    with monkeypatch.context() as patch:  # velocities between the steps taken for those on the step
+        patch.setattr(openmm_bg.velocities, "_half_step", lambda context: 0.0 * half_step(context))
+        assert deviation(make_integrator, steps, np.random.default_rng(1)) > 10.0
+    with monkeypatch.context() as patch:  # constraints that leave everything alone: nothing is drawn, nothing taken
+        patch.setattr(openmm_bg.velocities, "_allowed", lambda context, v: v)
+        assert deviation(make_integrator, steps, np.random.default_rng(1)) > 10.0
+
+    class Deaf(np.random.Generator):
+        """ξ is zero, the velocities of the test are not."""
+
+        def standard_normal(self, size=None):
+            inside = inspect.currentframe().f_back.f_code.co_name == "carry_velocities"
+            return np.zeros(size) if inside else super().standard_normal(size)
+
+    assert deviation(make_integrator, steps, Deaf(np.random.PCG64(1))) > 10.0
+
+
+def oscillators(n, step):
+    """Particles in isotropic harmonic wells with ω dt = 1, in a Context."""
+    system = openmm.System()
+    well = openmm.CustomExternalForce("0.5*k*(x^2 + y^2 + z^2)")
+    well.addGlobalParameter("k", 12.0 / step**2)
+    for particle in range(n):
+        system.addParticle(12.0)
+        well.addParticle(particle)
+    system.addForce(well)
+    integrator = openmm.LangevinMiddleIntegrator(KELVIN, 1.0, step)
+    integrator.setRandomNumberSeed(3)
+    return openmm.Context(system, integrator, REFERENCE), 12.0 / step**2
+
+
+def energy_after_md(settle, n=400, rounds=60):
+    """Mean energy of a degree of freedom, in kT/2, after MD from exact positions, and its standard error.
+
+    LangevinMiddleIntegrator samples harmonic positions exactly at any time step, so that MD which starts from exact
+    positions with the velocities of the stationary state ends with 1.
+    """
+    context, k = oscillators(n, STEP)
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((n, 3)) * np.sqrt(kT / k)
+    context.setPositions(x)
+    context.setVelocitiesToTemperature(KELVIN, 7)
+    context.getIntegrator().step(3000)
+    found = []
+    for _ in range(rounds):
+        x = context.getState(positions=True).getPositions(asNumpy=True)._value
+        settle(context, x, rng.standard_normal((n, 3)) * np.sqrt(kT / k), KELVIN, rng)
+        context.getIntegrator().step(2)
+        found.append(context.getState(energy=True).getPotentialEnergy()._value / (1.5 * n * kT))
+    # Positions are drawn anew in each round, but velocities live for a picosecond: blocks, not rounds.
+    blocks = np.array([block.mean() for block in np.array_split(found, 10)])
+    return blocks.mean(), max(blocks.std(ddof=1) / np.sqrt(10), np.sqrt(2 / (3 * n * rounds)))
+
+
+@pytest.mark.statistical
+def test_moves_do_not_heat_md_whose_time_step_is_long():
+    mean, error = energy_after_md(carry_velocities)
+    assert abs(mean - 1.0) < 5 * error
+
+    def draw_anew(context, old, new, temperature, rng):
+        context.setPositions(new)
+        context.setVelocitiesToTemperature(temperature, int(rng.integers(1, 2**31 - 1)))
+
+    mean, error = energy_after_md(draw_anew)
+    assert mean - 1.0 > 10 * error
+
+
+def test_velocities_that_were_never_set_are_drawn():
+    context = openmm.Context(bent_molecule(remover=True), openmm.LangevinMiddleIntegrator(KELVIN, 1.0, STEP), REFERENCE)
+    rng, kinetic, shift = np.random.default_rng(2), [], behind(NEW, 0.5).reshape(4, 3)
+    for _ in range(400):
+        context.setVelocities(np.zeros((4, 3)))
+        v = carry_velocities(context, OLD, NEW, KELVIN, rng)
+        np.testing.assert_array_equal(v, context.getState(velocities=True).getVelocities(asNumpy=True)._value)
+        np.testing.assert_array_equal(NEW, context.getState(positions=True).getPositions(asNumpy=True)._value)
+        np.testing.assert_allclose((MASSES * v).sum(0), 0.0, atol=1e-12)
+        kinetic.append(0.5 * (MASSES * (v - shift) ** 2).sum())
+    freedom = 12 - 2 - 3
+    error = np.sqrt(freedom / 2 / len(kinetic)) * kT  # of the mean of χ² energies
+    assert abs(np.mean(kinetic) - freedom / 2 * kT) < 5 * error
+
+
+def test_particles_that_stand_still_keep_their_velocities():
+    """Constrained water beside an atom that moves; a massless site has none."""
+    system = bent_molecule()
+    system.addParticle(0.0)
+    system.setVirtualSite(4, openmm.ThreeParticleAverageSite(0, 1, 2, 0.6, 0.2, 0.2))
+    system.addParticle(20.0)
+    integrator = openmm.LangevinMiddleIntegrator(KELVIN, 1.0, STEP)
+    integrator.setConstraintTolerance(1e-10)
+    context = openmm.Context(system, integrator, REFERENCE)
+    site = 0.6 * OLD[0] + 0.2 * (OLD[1] + OLD[2])
+    old, new = (np.vstack([OLD, site, place]) for place in ([1.0, 0.0, 0.0], [3.0, 1.0, 0.0]))
+    context.setPositions(old)
+    context.setVelocitiesToTemperature(KELVIN, 4)
+    before = context.getState(velocities=True).getVelocities(asNumpy=True)._value
+    after = carry_velocities(context, old, new, KELVIN, np.random.default_rng(6))
+    # OpenMM takes forbidden velocities off drawn ones to 1e-5 of them.
+    np.testing.assert_allclose(after, before, rtol=0.0, atol=1e-5 * np.abs(before).max())
+    assert not after[4].any() and after[5].any()
