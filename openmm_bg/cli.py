@@ -162,7 +162,7 @@ def simulate(
 )
 @click.option("--temperature", type=float, help="Kelvin.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for the model.")
-@click.option("--log-weights", type=click.Path(path_type=Path), help=".npy file [frames] for biased frames.")
+@click.option("--log-weights", type=click.Path(path_type=Path), help=".npy (or .npz) file [frames] for biased frames.")
 @click.option(
     "--representation",
     type=click.Choice(["full", "reduced"]),
@@ -254,8 +254,11 @@ def _train(
     resume: bool,
 ) -> tuple[dict[str, Any], int]:
     """Read the data and train: the training record, and the number of modelled coordinates."""
-    from openmm_bg.commands import read_log_weights, read_system, read_topology
+    from openmm_bg.commands import check_resumable, read_log_weights, read_system
+    from openmm_bg.simulate.reading import read_topology
 
+    if resume:
+        check_resumable(output)
     system: Any
     trajectory: Any
     if folder is not None:
@@ -332,6 +335,7 @@ def sample(
 ) -> None:
     """Draw samples with exact weights: a trajectory, and .npz with log_weights, reduced_potentials and log_q.
 
+    FLOW_FILE is a flow file or a folder of `openmm-bg train`.
     Samples of weight zero (no finite energy) are kept out of the trajectory and of the .npz, and counted.
 
     \b

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ import openmm  # isort: skip
 from openmm_bg.artifact import load
 from openmm_bg.energy import make_context
 from openmm_bg.errors import InputError
+from openmm_bg.files import CHECKPOINT, FLOW, folder_kind
 from openmm_bg.sampler import BoltzmannGeneratorSampler
 
 
@@ -34,8 +35,8 @@ def sample_to_files(
     Parameters
     ----------
     flow_file, n, output, seed, platform, n_workers, tune
-        Artifact, number of samples, trajectory file in a format MDTraj writes, random seed, energy platform (as
-        `BoltzmannGeneratorSampler`).
+        Artifact or the training folder that holds it, number of samples, trajectory file in a format MDTraj writes,
+        random seed, energy platform (as `BoltzmannGeneratorSampler`).
     system_file
         XML of another System for the same molecule.
     temperature
@@ -59,7 +60,7 @@ def sample_to_files(
         raise InputError(f"There is no folder {output.parent}.")
     if not os.access(output.parent, os.W_OK):
         raise InputError(f"The folder {output.parent} cannot be written: choose another one for {output.name}.")
-    flow = load(flow_file)
+    flow = load(find_flow(flow_file))
     system = flow.system if system_file is None else read_system(system_file)
     context = make_context(system)
     # Any frame with the right lengths will do: the reference point of the flow's own coordinates.
@@ -127,35 +128,71 @@ def read_system(path: Path) -> openmm.System:
     return system
 
 
-def read_topology(path: Path) -> Any:
-    """Topology from a PDB or PDBx/mmCIF file.
+def find_flow(path: Path) -> Path:
+    """The flow file that a user names, or that of the training folder that he names.
 
     Raises
     ------
     InputError
-        Missing or unreadable file, or more than one model.
+        A folder without a flow; the sentence says what it is.
     """
-    from openmm import app
+    if not path.is_dir():
+        return path
+    kind = folder_kind(path)
+    if kind == "model":
+        return path / FLOW
+    if kind == "training":
+        raise InputError(
+            f"The training in {path} has not ended, and so has left no {FLOW} yet: repeat its command with --resume."
+        )
+    if kind == "simulation":
+        raise InputError(
+            f"{path} holds MD frames of openmm-bg simulate and no flow: train one (openmm-bg train {path} -o model/), "
+            f"and sample model/{FLOW}."
+        )
+    if others := sorted(found.name for found in path.glob("*.bg")):
+        raise InputError(f"{path} is a folder, of which {', '.join(others)} can be sampled: name the file.")
+    raise InputError(f"{path} is a folder without a flow: name a flow file, or a folder of openmm-bg train.")
 
-    if not path.is_file():
-        raise InputError(f"There is no topology file {path}.")
-    reader = app.PDBxFile if path.suffix.lower() in (".cif", ".pdbx", ".mmcif") else app.PDBFile
-    try:
-        found = reader(str(path))
-    except Exception as error:  # these readers raise whatever they stumble over
-        raise InputError(f"{path} is not a readable {reader.__name__.removesuffix('File')} file.") from error
-    return found.topology
+
+def check_resumable(folder: Path) -> None:
+    """Refuse to resume a training where there can be none: a mistyped path would cost the time of a new one.
+
+    Raises
+    ------
+    InputError
+        No such folder, or one of something else.
+    """
+    if not folder.is_dir():
+        raise InputError(
+            f"There is no training to resume in {folder}, no such folder: correct its name, or leave out --resume to "
+            "begin one."
+        )
+    if folder_kind(folder) == "simulation":
+        raise InputError(f"{folder} holds a simulation, not a training: give -o the training's folder.")
+    if not (folder / CHECKPOINT).is_file() and any(folder.iterdir()):
+        raise InputError(
+            f"{folder} holds no training (no {CHECKPOINT}): correct its name, or leave out --resume to begin one there."
+        )
 
 
 def read_log_weights(path: Path) -> np.ndarray:
-    """Log-weights [frames] from a ``.npy`` file.
+    """Log-weights [frames] from a ``.npy`` file, or from the ``.npz`` that `openmm-bg sample` writes.
 
     Raises
     ------
     InputError
-        Missing or unreadable file.
+        Missing file, or one of anything else than numbers.
     """
+    if not path.is_file():
+        raise InputError(f"There is no file of log-weights {path}.")
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"Cannot read log-weights from {path}: {error}.") from error
+        found = np.load(path, allow_pickle=False)
+        if isinstance(found, np.lib.npyio.NpzFile):
+            with found:
+                found = found["log_weights"]
+        return np.asarray(found).astype(np.float64, casting="same_kind")
+    except Exception as error:  # zipfile and NumPy raise what they stumble over; NumPy's advice is about pickle
+        raise InputError(
+            f"{path} is no .npy file of numbers: write the log-weights with numpy.save, one for each frame."
+        ) from error

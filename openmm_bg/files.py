@@ -1,10 +1,23 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and what a folder of them is."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from pathlib import Path
+from typing import Literal
+
+#: By these a folder is known: what a training, its checkpoints and a simulation leave there.
+FLOW, CHECKPOINT, SIMULATION = "flow.bg", "checkpoint.json", "simulation.json"
+
+
+def folder_kind(folder: Path) -> Literal["model", "training", "simulation", "other"]:
+    """What a folder holds: a trained flow, a training that has not ended, MD frames, or neither."""
+    if (folder / FLOW).is_file():
+        return "model"
+    if (folder / CHECKPOINT).is_file():
+        return "training"
+    return "simulation" if (folder / SIMULATION).is_file() else "other"
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

@@ -116,7 +116,7 @@ def _table_one(figures: dict[str, Any]) -> list[tuple[str, str]]:
                 f"{plus(delta['generated'], delta['generated_sd'], '.3f')}; data against data "
                 f"{plus(delta['data'], delta['data_sd'], '.3f')}; "
                 + ("" if math.isnan(delta["training"]) else f"training frames {delta['training']:.3f}; ")
-                + f"{delta['batches']} batches of {delta['batch']}",
+                + f"{delta['batches']} batch{'es' * (delta['batches'] != 1)} of {delta['batch']}",
             )
         )
     for name, values in figures["energies"].items():

@@ -22,11 +22,12 @@ from openmm_bg.analysis.evaluation import Evaluation
 from openmm_bg.analysis.evaluation_input import HeldOut, read_held_out
 from openmm_bg.artifact import Flow, load
 from openmm_bg.errors import CheckpointError, InputError
+from openmm_bg.files import FLOW, folder_kind
 
 logger = logging.getLogger(__name__)
 
 #: What `openmm-bg train` leaves in its folder.
-FLOW_NAME, LOSSES_NAME = "flow.bg", "losses.csv"
+FLOW_NAME, LOSSES_NAME = FLOW, "losses.csv"
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,14 @@ def find_flow(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    found = path / FLOW_NAME
-    if found.is_file():
-        return found
-    if (path / "simulation.json").is_file():
+    kind = folder_kind(path)
+    if kind == "model":
+        return path / FLOW_NAME
+    if kind == "simulation":
         raise InputError(f"{path} is a folder of openmm-bg simulate: give the flow first, and then the frames.")
-    raise InputError(
-        f"{path} has no {FLOW_NAME}: let its training end (openmm-bg train --resume), or give a flow file."
-    )
+    if kind == "training":
+        raise InputError(f"{path} has no {FLOW_NAME}: let its training end (openmm-bg train --resume).")
+    raise InputError(f"{path} has no {FLOW_NAME}: give a flow file, or a folder of openmm-bg train.")
 
 
 def check_target(target: Path) -> None:

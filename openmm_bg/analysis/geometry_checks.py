@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from openmm_bg.analysis.residues import residue_label
 from openmm_bg.analysis.torsions import dihedral_atoms, torsion
 from openmm_bg.coordinates import MoleculeGraph
+from openmm_bg.coordinates.chirality import hand, is_amino, stereocentres
 from openmm_bg.errors import InputError
 
 BoolArray = NDArray[np.bool_]
@@ -92,46 +93,6 @@ def count_clashes(
     }
 
 
-def stereocentres(topology: Any) -> list[tuple[int, tuple[int, int, int]]]:
-    """Tetrahedral carbons with four different substituents, and three of these by which the hand is told.
-
-    Substituents are told apart by their bonds alone (refinement of classes of atoms over the whole molecule), so that
-    no names are needed.
-
-    Returns
-    -------
-    list
-        (atom, (a, b, c)): N, C and CB of the CA of an amino acid, elsewhere the first three neighbours, heavy first.
-    """
-    graph = MoleculeGraph(topology)
-    colour = [hash((graph.elements[a], len(graph.neighbours[a]))) for a in range(graph.n_atoms)]
-    classes = 0
-    while len(set(colour)) > classes:
-        classes = len(set(colour))
-        colour = [
-            hash((colour[a], tuple(sorted(colour[b] for b in graph.neighbours[a])))) for a in range(graph.n_atoms)
-        ]
-    peptide = graph.peptide_backbone()
-    found = []
-    for atom in range(graph.n_atoms):
-        around = graph.neighbours[atom]
-        if graph.elements[atom] != "C" or len(around) != 4 or len({colour[b] for b in around}) < 4:
-            continue
-        named = {graph.names[b]: b for b in around}
-        if peptide[atom] and {"N", "C", "CB"} <= named.keys():
-            a, b, c = named["N"], named["C"], named["CB"]
-        else:
-            a, b, c, _ = sorted(around, key=lambda other: (graph.is_hydrogen(other), other))
-        found.append((atom, (a, b, c)))
-    return found
-
-
-def _hand(positions: NDArray[np.floating], centre: int, three: tuple[int, int, int]) -> BoolArray:
-    """[n] whether (a × b) · c about the centre is positive: L for N, C, CB of an amino acid (the CORN rule)."""
-    a, b, c = (positions[:, k].astype(np.float64) - positions[:, centre] for k in three)
-    return (np.cross(a, b) * c).sum(-1) > 0
-
-
 def chirality(generated: ArrayLike, data: ArrayLike, topology: Any) -> dict[str, Any]:
     """Share of frames whose stereocentres have another hand than the molecule's.
 
@@ -153,8 +114,8 @@ def chirality(generated: ArrayLike, data: ArrayLike, topology: Any) -> dict[str,
     any_x, any_y = np.zeros(len(x), dtype=np.bool_), np.zeros(len(y), dtype=np.bool_)
     rows = []
     for centre, three in stereocentres(topology):
-        amino = [atoms[k].name.strip() for k in (centre, *three)] == ["CA", "N", "C", "CB"]
-        ours, theirs = _hand(x, centre, three), _hand(y, centre, three)
+        amino = is_amino(atoms, centre, three)
+        ours, theirs = hand(x, centre, three), hand(y, centre, three)
         right = True if amino else bool(theirs.mean() >= 0.5)
         any_x |= ours != right
         any_y |= theirs != right

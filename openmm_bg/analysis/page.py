@@ -68,9 +68,10 @@ class Section:
 
 _CSS = """
 :root { color-scheme: light dark; --ink: #1d2126; --soft: #59626c; --paper: #ffffff; --card: #f4f6f8; --line: #d9dee3;
-  --accent: #0072b2; --warn: #b85c00; }
+  --accent: #0072b2; --warn: #b85c00; --shade: rgb(0 0 0 / 0.22); }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e7ea; --soft: #a3acb5; --paper: #15181c; --card: #20252b;
-  --line: #39414a; --accent: #63b5e8; --warn: #f0a04b; } }
+  --line: #39414a; --accent: #63b5e8; --warn: #f0a04b;
+  --shade: rgb(0 0 0 / 0.8); } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, "Segoe UI", Roboto,
   "Helvetica Neue", Arial, sans-serif; }
@@ -86,9 +87,16 @@ p { margin: 0.6rem 0; max-width: 46rem; }
 .key div { background: var(--card); border-radius: 8px; padding: 0.75rem 0.9rem; }
 .key dt { font-size: 0.85rem; color: var(--soft); }
 .key dd { margin: 0.1rem 0 0; font-size: 1.15rem; font-weight: 650; font-variant-numeric: tabular-nums; }
-.scroll { overflow-x: auto; margin: 0.9rem 0; }
+/* A table wider than the screen moves sideways in its box; shadows at the box's edges say that there is more of it. */
+.scroll { overflow-x: auto; margin: 0.9rem 0; background:
+  linear-gradient(to right, var(--paper) 40%, transparent) left / 3rem 100% local no-repeat,
+  linear-gradient(to left, var(--paper) 40%, transparent) right / 3rem 100% local no-repeat,
+  linear-gradient(to right, var(--shade), transparent) left / 1rem 100% scroll no-repeat,
+  linear-gradient(to left, var(--shade), transparent) right / 1rem 100% scroll no-repeat; }
+.scroll:focus-visible { outline: 2px solid var(--accent); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.95rem; }
 caption { text-align: left; color: var(--soft); padding-bottom: 0.4rem; font-size: 0.9rem; }
+caption span { display: inline-block; position: sticky; left: 0; max-width: min(46rem, 100vw - 2rem); }
 th, td { padding: 0.4rem 1.1rem 0.4rem 0; text-align: right; vertical-align: top;
   border-bottom: 1px solid var(--line); }
 tbody td { white-space: nowrap; }
@@ -102,7 +110,14 @@ figure img { display: block; width: 100%; height: auto; background: #ffffff; bor
 .row { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 0 1.6rem; }
 /* Type in a wide picture would be too small on a phone: there it keeps its size and is moved sideways. */
 @media (max-width: 640px) { main { padding: 1.4rem 1rem 3rem; } .wide { overflow-x: auto; }
-  .wide img { width: 42rem; max-width: none; } .text-last tr > :last-child { min-width: 15rem; } }
+  .wide img { width: 42rem; max-width: none; } th, td { padding-right: 0.7rem; }
+  /* What a row says in words stands below its figures. */
+  .text-last { display: grid; grid-template-columns: minmax(6rem, 1fr) repeat(var(--figures), auto); }
+  .text-last :is(thead, tbody, tr) { display: contents; }
+  .text-last :is(caption, tr > :last-child) { grid-column: 1 / -1; }
+  .text-last tbody tr > :not(:last-child) { border-bottom: 0; padding-bottom: 0; }
+  .text-last tbody tr > :last-child { padding-top: 0.1rem; color: var(--soft); }
+  .text-last thead tr > :not(:last-child) { border-bottom: 0; padding-bottom: 0; } }
 figcaption { color: var(--soft); font-size: 0.92rem; margin-top: 0.5rem; max-width: 50rem; }
 @media print { h2 { break-after: avoid; } figure, table { break-inside: avoid; } }
 """
@@ -138,15 +153,16 @@ def _block(block: Block) -> str:
     for row in block.rows:
         if len(row) != len(block.columns):
             raise InputError(f"A table of {len(block.columns)} columns has a row of {len(row)}: {list(row)}.")
-    caption = f"<caption>{html.escape(block.caption)}</caption>" if block.caption else ""
+    caption = f"<caption><span>{html.escape(block.caption)}</span></caption>" if block.caption else ""
     head = "".join(_cell("th", name, "col") for name in block.columns)
     body = "\n".join(
         "<tr>" + _cell("th", row[0], "row") + "".join(_cell("td", cell) for cell in row[1:]) + "</tr>"
         for row in block.rows
     )
-    attribute = ' class="text-last"' if block.text_last else ""
+    # The number of columns between the first and the last.
+    attribute = f' class="text-last" style="--figures: {len(block.columns) - 2}"' if block.text_last else ""
     return (
-        f'<div class="scroll"><table{attribute}>{caption}<thead><tr>{head}</tr></thead>\n'
+        f'<div class="scroll" tabindex="0"><table{attribute}>{caption}<thead><tr>{head}</tr></thead>\n'
         f"<tbody>\n{body}\n</tbody></table></div>"
     )
 

@@ -54,7 +54,8 @@ class MoleculeGraph:
             missing = next(i for i in range(self.n_atoms) if i not in reached)
             raise InputError(
                 "The topology is not one molecule: its bonds do not link atom "
-                f"{missing} ({self.label(missing)}) to atom 0 ({self.label(0)}); give a single molecule with all bonds."
+                f"{missing} ({self.label(missing)}) to atom 0 ({self.label(0)}); give a single molecule with all bonds"
+                f"{self._unknown_name(missing)}."
             )
         #: Bonds that close a ring and carry no coordinate of their own: disulfides between parts linked otherwise.
         self.disulfides = self._ring_closing_disulfides()
@@ -63,6 +64,14 @@ class MoleculeGraph:
             for a, found in enumerate(self.neighbours)
         ]
         self._bridges = self._find_bridges()
+
+    def _unknown_name(self, atom: int) -> str:
+        """The cause of missing bonds, for a message, if the atom's residue has none at all."""
+        index = self.residue_index
+        inside = [a for a in range(self.n_atoms) if index[a] == index[atom]]
+        if len(inside) == 1 or any(index[b] == index[atom] for a in inside for b in self.neighbours[a]):
+            return ""
+        return f" (OpenMM's readers know none of residues called {self.residues[atom]})"
 
     def _refuse_chains(self, atoms: list[Any]) -> None:
         """Several proteins at once, whether or not a disulfide links them."""

@@ -27,12 +27,12 @@ import openmm  # isort: skip
 from openmm import app, unit  # isort: skip
 
 from openmm_bg.errors import CheckpointError, InputError
-from openmm_bg.files import write_atomically
+from openmm_bg.files import SIMULATION, write_atomically
 from openmm_bg.simulate.structure import Molecule
 
 logger = logging.getLogger(__name__)
 
-RECORD = "simulation.json"
+RECORD = SIMULATION
 SYSTEM = "system.xml"
 FORMAT = "openmm_bg simulation"
 

@@ -15,15 +15,8 @@ import openmm  # isort: skip
 from openmm import app, unit  # isort: skip
 
 from openmm_bg.errors import InputError
-from openmm_bg.simulate.structure import (
-    LONGEST_BOND,
-    SHORTEST_BOND,
-    WATER,
-    Molecule,
-    first_line,
-    is_structure,
-    read_structure,
-)
+from openmm_bg.simulate.reading import first_line, is_structure, read_structure
+from openmm_bg.simulate.structure import LONGEST_BOND, SHORTEST_BOND, WATER, Molecule
 
 AMBER = (".prmtop", ".parm7")
 GROMACS = (".top",)

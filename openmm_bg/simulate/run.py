@@ -30,6 +30,7 @@ from openmm_bg.simulate import parameters as parameter_files
 from openmm_bg.simulate import structure as structures
 from openmm_bg.simulate.geometry import Stereochemistry
 from openmm_bg.simulate.protocol import Protocol
+from openmm_bg.simulate.reading import is_structure
 from openmm_bg.simulate.replica import Queue, Replica
 
 logger = logging.getLogger(__name__)
@@ -173,11 +174,11 @@ def _read(
         molecule = parameter_files.prepare(
             path, Path(positions), solvent=solvent, parameters=extra, hydrogen_mass=protocol.hydrogen_mass
         )
-    elif structures.is_structure(path):
+    elif is_structure(path):
         if positions is not None or extra:
             raise InputError(f"{path} brings its own positions: leave out --positions and --parameters.")
         files = list(forcefield)
-        if solvent == "obc2" and not any(name.startswith("implicit/") for name in files):
+        if solvent == "obc2" and not any(name.startswith("implicit/") or name.endswith("_obc.xml") for name in files):
             files.append("implicit/obc2.xml")
         molecule = structures.prepare(path, files, chain=chain, ph=ph, hydrogen_mass=protocol.hydrogen_mass)
     else:

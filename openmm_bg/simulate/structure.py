@@ -6,7 +6,8 @@ decision of the user is one sentence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,27 +20,23 @@ import openmm  # isort: skip
 from openmm import app, unit  # isort: skip
 
 from openmm_bg.errors import InputError
+from openmm_bg.simulate.caps import CapsInside, groups, knowing_caps, main
+from openmm_bg.simulate.reading import (
+    BRIDGED,
+    PROTONS,
+    ResidueKey,
+    amino_acid,
+    atom_records,
+    first_line,
+    form,
+    read_structure,
+)
 
 WATER = {"HOH", "WAT", "H2O", "DOD", "TIP", "TIP3", "TIP4", "SOL", "SPC"}
 IONS = {
     "NA", "NA+", "SOD", "K", "K+", "POT", "CL", "CL-", "CLA", "LI", "LI+", "RB", "CS", "BR", "IOD", "MG", "MG2", "CA",
     "CAL", "ZN", "ZN2", "MN", "FE", "FE2", "CU", "NI", "CO", "CD", "HG", "BA", "SR",
 }  # fmt: skip
-AMINO_ACIDS = {
-    "ALA", "ARG", "ASN", "ASP", "CYS", "GLN", "GLU", "GLY", "HIS", "ILE", "LEU", "LYS", "MET", "PHE", "PRO", "SER",
-    "THR", "TRP", "TYR", "VAL",
-}  # fmt: skip
-#: Other names of the same residues, by protonation or bond, to the amino acid.
-VARIANTS = {
-    "ASH": "ASP", "GLH": "GLU", "HID": "HIS", "HIE": "HIS", "HIP": "HIS", "HSD": "HIS", "HSE": "HIS", "HSP": "HIS",
-    "LYN": "LYS", "CYX": "CYS", "CYM": "CYS",
-}  # fmt: skip
-#: Names that settle a protonation, to OpenMM's name of it; its readers turn them into the plain amino acid.
-PROTONATIONS = {
-    "ASH": "ASH", "GLH": "GLH", "HID": "HID", "HIE": "HIE", "HIP": "HIP", "HSD": "HID", "HSE": "HIE", "HSP": "HIP",
-}  # fmt: skip
-#: Chain, number and insertion code.
-ResidueKey = tuple[str, str, str]
 CAPS = {"ACE", "NME", "NMA", "NH2"}
 SIDE_CHAINS = {
     "ALA": "CB", "ARG": "CB CG CD NE CZ NH1 NH2", "ASN": "CB CG OD1 ND2", "ASP": "CB CG OD1 OD2", "CYS": "CB SG",
@@ -71,46 +68,6 @@ class Molecule:
     system: openmm.System
     positions: NDArray[np.float64]
     notes: list[str] = field(default_factory=list)
-
-
-def is_structure(path: Path) -> bool:
-    """Whether a file's ending is that of a PDB or PDBx/mmCIF file."""
-    return path.suffix.lower() in (".pdb", ".ent", ".cif", ".pdbx", ".mmcif")
-
-
-def first_line(error: BaseException | str) -> str:
-    """The first line of an error of another library, without its full stop."""
-    if isinstance(error, (LookupError, TypeError, AttributeError, UnicodeError)):
-        return "its content is not of this format"  # a reader that stumbled: its words are about itself
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
-
-
-def read_structure(path: Path) -> Any:
-    """The PDBFile or PDBxFile.
-
-    Raises
-    ------
-    InputError
-        Missing, unreadable or empty file, several models, or positions that are not finite.
-    """
-    if not path.is_file():
-        raise InputError(f"There is no structure file {path}.")
-    reader = app.PDBFile if path.suffix.lower() in (".pdb", ".ent") else app.PDBxFile
-    try:
-        found = reader(str(path))
-        frames = found.getNumFrames()
-        n_atoms = found.topology.getNumAtoms()
-    except Exception as error:  # these readers raise whatever they stumble over
-        kind = reader.__name__.removesuffix("File")
-        raise InputError(f"{path} is not a readable {kind} file ({first_line(error)}).") from error
-    if n_atoms == 0:
-        raise InputError(f"{path} holds no atoms.")
-    if frames > 1:
-        raise InputError(f"{path} holds {frames} models: keep the one to start from.")
-    if not np.isfinite(found.getPositions(asNumpy=True)._value).all():
-        raise InputError(f"{path} has atoms without finite coordinates.")
-    return found
 
 
 def prepare(
@@ -148,6 +105,7 @@ def prepare(
         raise InputError(
             f"OpenMM cannot load the force field {', '.join(forcefield)} ({first_line(error)})."
         ) from error
+    _fixed_charges(field_, forcefield)
     notes: list[str] = []
     modeller = app.Modeller(found.topology, found.positions)
     _strip(modeller, notes)
@@ -157,25 +115,33 @@ def prepare(
     modeller.topology.setPeriodicBoxVectors(None)  # one molecule in vacuum or implicit solvent has no box
     _known_residues(modeller.topology, path, field_)
     _complete(modeller.topology, path)
+    _bonds(modeller.topology, path)
     _no_gaps(modeller, path)
-    _add_hydrogens(modeller, field_, ph, path, notes)
-    try:
-        system = field_.createSystem(
-            modeller.topology,
-            nonbondedMethod=app.NoCutoff,
-            constraints=app.HBonds,
-            hydrogenMass=None if hydrogen_mass is None else hydrogen_mass * unit.dalton,
-        )
-    except Exception as error:
-        raise InputError(f"The force field cannot describe {path} ({first_line(error)}).") from error
+    options = {
+        "nonbondedMethod": app.NoCutoff,
+        "constraints": app.HBonds,
+        "hydrogenMass": None if hydrogen_mass is None else hydrogen_mass * unit.dalton,
+    }
+    system = _with_hydrogens(modeller, field_, options, ph, path, notes)
     positions = np.array(modeller.positions.value_in_unit(unit.nanometer), dtype=np.float64)
     return Molecule(modeller.topology, system, positions, notes)
 
 
-def residue_label(residue: Any) -> str:
-    """Name, number and chain of a residue, as the user's file has them."""
+def _fixed_charges(field_: app.ForceField, files: Sequence[str]) -> None:
+    """Polarisable force fields need platforms and integrators of their own; AMOEBA's may end the process on a CPU."""
+    kinds = {type(generator).__name__ for generator in field_.getGenerators()}
+    for part, what in (("AmoebaMultipole", "AMOEBA's multipoles"), ("Drude", "Drude particles")):
+        if any(kind.startswith(part) for kind in kinds):
+            raise InputError(
+                f"The force field {', '.join(files)} is polarisable ({what}), which is not supported: take one with "
+                "fixed charges, such as amber14-all.xml or charmm36.xml."
+            )
+
+
+def residue_label(residue: Any, name: str | None = None) -> str:
+    """Name (OpenMM's, unless it is given), number and chain of a residue, as the user's file has them."""
     chain = residue.chain.id.strip() or "(blank)"
-    return f"{residue.name} {residue.id}{residue.insertionCode.strip()} of chain {chain}"
+    return f"{residue.name if name is None else name} {residue.id}{residue.insertionCode.strip()} of chain {chain}"
 
 
 def _strip(modeller: app.Modeller, notes: list[str]) -> None:
@@ -203,7 +169,7 @@ def _one_chain(modeller: app.Modeller, path: Path, wanted: str | None) -> None:
         modeller.delete([c for c in chains if c.id != wanted])
         chains = list(modeller.topology.chains())
     # A ligand often stands behind the protein as a chain of its own: then it is the residue that needs an answer.
-    peptides = [c for c in chains if any(_amino(r.name) for r in c.residues())]
+    peptides = [c for c in chains if any(amino_acid(r.name) for r in c.residues())]
     for chain in chains:
         if peptides and chain not in peptides:
             raise InputError(
@@ -212,37 +178,11 @@ def _one_chain(modeller: app.Modeller, path: Path, wanted: str | None) -> None:
             )
     if len(chains) > 1:
         names = ", ".join(c.id.strip() or "(blank)" for c in chains)
-        raise InputError(f"{path} has {len(chains)} chains ({names}): keep one of them, flows model a single molecule.")
-
-
-def _amino(name: str) -> str | None:
-    """The amino acid of a residue name, None for others."""
-    name = VARIANTS.get(name, name)
-    return name if name in AMINO_ACIDS else None
-
-
-def _atom_records(path: Path) -> Iterator[tuple[ResidueKey, str, str]]:
-    """Residue, its name and the location letter ("" for none) of every atom, as the file itself has them."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    if path.suffix.lower() in (".pdb", ".ent"):
-        for line in lines:
-            if line.startswith(("ATOM", "HETATM")) and len(line) > 26:
-                yield (line[21], line[22:26].strip(), line[26].strip()), line[17:20].strip(), line[16].strip()
-        return
-    columns: list[str] = []
-    for line in lines:
-        if line.startswith("_atom_site."):
-            columns.append(line.split()[0].removeprefix("_atom_site."))
-        elif columns and line.startswith(("ATOM", "HETATM")):
-            try:
-                row = dict(zip(columns, line.split(), strict=True))
-            except ValueError:
-                continue
-            chain = row.get("auth_asym_id", row.get("label_asym_id", ""))
-            number = row.get("auth_seq_id", row.get("label_seq_id", ""))
-            code, letter = row.get("pdbx_PDB_ins_code", "?"), row.get("label_alt_id", ".")
-            key = (chain, number, "" if code in (".", "?") else code)
-            yield key, row.get("label_comp_id", ""), "" if letter in (".", "?") else letter
+        same = "give them different letters and " * (len({c.id for c in chains}) < len(chains))
+        raise InputError(
+            f"{path} has {len(chains)} chains ({names}): {same}keep one of them with --chain, flows model a single "
+            "molecule."
+        )
 
 
 def _no_alternates(path: Path, kept: set[ResidueKey]) -> None:
@@ -252,7 +192,7 @@ def _no_alternates(path: Path, kept: set[ResidueKey]) -> None:
     """
     letters: dict[ResidueKey, set[str]] = {}
     names: dict[ResidueKey, str] = {}
-    for key, name, letter in _atom_records(path):
+    for key, name, letter in atom_records(path):
         if letter:
             letters.setdefault(key, set()).add(letter)
             names[key] = name
@@ -269,9 +209,9 @@ def _no_alternates(path: Path, kept: set[ResidueKey]) -> None:
 def _known_residues(topology: app.Topology, path: Path, forcefield: app.ForceField) -> None:
     templates = forcefield._templates  # no public list of template names exists
     # Under any name, for a histidine's template depends on hydrogens that are still to come.
-    amino_acids = {_amino(name) for name in templates}
+    amino_acids = {amino_acid(name) for name in templates}
     for residue in topology.residues():
-        amino = _amino(residue.name)
+        amino = amino_acid(residue.name)
         known = amino in amino_acids if amino is not None else residue.name in CAPS or residue.name in templates
         if not known:
             raise InputError(
@@ -283,7 +223,7 @@ def _known_residues(topology: app.Topology, path: Path, forcefield: app.ForceFie
 def _complete(topology: app.Topology, path: Path) -> None:
     residues = list(topology.residues())
     for residue in residues:
-        name = _amino(residue.name)
+        name = amino_acid(residue.name)
         if name is None:
             continue
         present = {a.name for a in residue.atoms()}
@@ -298,6 +238,19 @@ def _complete(topology: app.Topology, path: Path) -> None:
             )
 
 
+def _bonds(topology: app.Topology, path: Path) -> None:
+    """OpenMM's readers know the bonds of standard residues by their atoms' names."""
+    bonded = _neighbours(topology)
+    for residue in topology.residues():
+        heavy = [a for a in residue.atoms() if not _is_hydrogen(a)]
+        alone = [a.name for a in heavy if not bonded[a]]
+        if alone and len(heavy) > 1:
+            raise InputError(
+                f"{path}: OpenMM knows no bond of {alone[0]} in {residue_label(residue)}: correct its name, or give "
+                "the bonds (CONECT records, struct_conn in a .cif file)."
+            )
+
+
 def _no_gaps(modeller: app.Modeller, path: Path) -> None:
     x = np.array(modeller.positions.value_in_unit(unit.nanometer), dtype=np.float64)
     for a, b in modeller.topology.bonds():
@@ -307,48 +260,138 @@ def _no_gaps(modeller: app.Modeller, path: Path) -> None:
         pair = f"{path}: {a.name} of {residue_label(a.residue)} and {b.name} of {residue_label(b.residue)} are bonded, "
         if a.residue is b.residue or length < SHORTEST_BOND:
             raise InputError(f"{pair}but {length:.2f} nm apart: correct their coordinates.")
-        raise InputError(f"{pair}but {length:.2f} nm apart: residues between them are missing (PDBFixer adds them).")
+        raise InputError(f"{pair}but {length:.2f} nm apart: {_break(a.residue, b.residue)}.")
 
 
-def _misfit(forcefield: app.ForceField, topology: app.Topology) -> Exception | None:
-    """Why the force field cannot describe the topology; None if it can.
+def _break(before: Any, after: Any) -> str:
+    """What a broken chain may be: a gap, or two chains with one letter and no TER record between them."""
+    chains = "put a TER record before the second, give the chains different letters, and choose one with --chain"
+    ended = {"OXT", "OT2"} & {a.name for a in before.atoms()}
+    started = sum(_is_hydrogen(a) and a.name in ("H1", "H", "H2", "H3") for a in after.atoms()) > 2
+    number = [re.match(r"-?\d+", r.id) for r in (before, after)]
+    again = number[0] and number[1] and int(number[1][0]) <= int(number[0][0])
+    if ended or started or again or before.name in ("NME", "NH2") or after.name == "ACE":
+        return f"a second chain of the same letter begins there: {chains}"
+    return (
+        f"residues between them are missing (PDBFixer adds them), or a second chain begins there without a TER record "
+        f"({chains})"
+    )
 
-    `ForceField.getUnmatchedResidues` would be quicker, but knows no patches: it reports every end of a CHARMM chain.
+
+def _with_hydrogens(
+    modeller: app.Modeller, forcefield: app.ForceField, options: dict[str, Any], ph: float, path: Path, notes: list[str]
+) -> openmm.System:
+    """Add what the force field's templates want, leave a structure alone that has all of it; the System of it.
+
+    A name such as ASH or LYN in the file is the user's decision, and stands above the pH.
     """
-    try:
-        forcefield.createSystem(topology)
-    except Exception as error:  # ValueError as a rule, others from scripts inside force fields
-        return error
-    return None
-
-
-def _add_hydrogens(modeller: app.Modeller, forcefield: app.ForceField, ph: float, path: Path, notes: list[str]) -> None:
-    """Add what the force field's templates want; leave a structure alone that has all of it.
-
-    A name such as ASH or HIP in the file is the user's decision, and stands above the pH.
-    """
-    if _misfit(forcefield, modeller.topology) is None:
-        return
+    capped = knowing_caps(forcefield, modeller.topology)
+    names = {key: name for key, name, _ in atom_records(path)}
+    keys = [(r.chain.id, r.id, r.insertionCode.strip()) for r in modeller.topology.residues()]
+    forms = [form(names.get(key, "")) for key in keys]
+    _bridges(modeller.topology, names, path)
+    unlike = _unlike(modeller.topology, forms)
+    if not unlike and any(_is_hydrogen(a) for a in modeller.topology.atoms()):  # patches are tried for seconds
+        try:
+            return capped.createSystem(modeller.topology, **options)
+        except Exception:  # ValueError as a rule, others from scripts inside force fields
+            pass  # as a rule a hydrogen is missing; if it is not that, the error comes again
     before = modeller.topology.getNumAtoms()
-    names = {key: name for key, name, _ in _atom_records(path)}
-    residues = [(r.chain.id, r.id, r.insertionCode.strip()) for r in modeller.topology.residues()]
-    variants = [PROTONATIONS.get(names.get(key, "")) for key in residues]
+    _rename_lysines(modeller.topology, forms)
     reference = openmm.Platform.getPlatformByName("Reference")
+    variants = [
+        _of_template(residue, forcefield) if wanted is None else wanted
+        for residue, wanted in zip(modeller.topology.residues(), forms, strict=True)
+    ]
     try:
-        modeller.addHydrogens(forcefield, pH=ph, variants=variants, platform=reference)
+        modeller.addHydrogens(capped, pH=ph, variants=variants, platform=reference)
+        system = capped.createSystem(modeller.topology, **options)
     except Exception as error:
-        raise InputError(f"Hydrogens cannot be added ({first_line(error)}).") from error
+        raise InputError(_misfit(error, modeller.topology, capped, names, path)) from error
     added = modeller.topology.getNumAtoms() - before
-    misfit = _misfit(forcefield, modeller.topology)
-    if misfit is not None:
-        unmatched = forcefield.getUnmatchedResidues(modeller.topology)
-        if not unmatched:
-            raise InputError(f"The force field cannot describe the structure ({first_line(misfit)}).") from misfit
-        atoms = " ".join(a.name for a in unmatched[0].atoms())
-        raise InputError(
-            f"The force field has no template for {residue_label(unmatched[0])} with the atoms {atoms}: correct its "
-            "atom names or bonds, or add its parameters with --forcefield."
-        ) from misfit
-    if added:
-        named = [f"{names[key]} {key[1]}" for key, variant in zip(residues, variants, strict=True) if variant]
+    if added > 0:
+        named = [f"{names[key]} {key[1]}" for key, found in zip(keys, forms, strict=True) if found]
         notes.append(f"Added {added} hydrogens for pH {ph:g}{'; ' + ', '.join(named) + ' as named' if named else ''}.")
+    elif unlike:
+        notes.append(f"Hydrogens of {', '.join(f'{names[keys[i]]} {keys[i][1]}' for i in unlike)} changed, as named.")
+    return system
+
+
+def _of_template(residue: Any, forcefield: app.ForceField) -> list[tuple[str, str]] | None:
+    """Hydrogens and the atoms that hold them, of a residue without any that the force field knows and OpenMM does not.
+
+    None for all others; hydroxyproline is one.
+    """
+    template = forcefield._templates.get(residue.name)  # no public list of template names exists
+    standard = amino_acid(residue.name) is not None or residue.name in CAPS
+    if standard or template is None or any(_is_hydrogen(a) for a in residue.atoms()):
+        return None
+    pairs = [(template.atoms[i], template.atoms[j]) for i, j in template.bonds]
+    pairs = [(a, b) if _is_hydrogen(a) else (b, a) for a, b in pairs]
+    return [(hydrogen.name, heavy.name) for hydrogen, heavy in pairs if _is_hydrogen(hydrogen)]
+
+
+def _is_hydrogen(atom: Any) -> bool:
+    return atom.element is not None and atom.element.symbol in ("H", "D")
+
+
+def _neighbours(topology: app.Topology) -> dict[Any, list[Any]]:
+    found: dict[Any, list[Any]] = {atom: [] for atom in topology.atoms()}
+    for a, b in topology.bonds():
+        found[a].append(b)
+        found[b].append(a)
+    return found
+
+
+def _unlike(topology: app.Topology, forms: Sequence[str | None]) -> list[int]:
+    """Residues without the hydrogens of the form that their name settles."""
+    bonded = _neighbours(topology)
+    found = []
+    for residue, wanted in zip(topology.residues(), forms, strict=True):
+        for atoms, n in PROTONS.get(wanted or "", {}).items():
+            there = [b for a in residue.atoms() if a.name in atoms.split() for b in bonded[a] if _is_hydrogen(b)]
+            if len(there) != n:
+                found.append(residue.index)
+                break
+    return found
+
+
+def _rename_lysines(topology: app.Topology, forms: Sequence[str | None]) -> None:
+    """A neutral lysine's hydrogens are HZ2 and HZ3 to Amber, HZ1 and HZ2 to OpenMM, which would take one away."""
+    for residue, wanted in zip(topology.residues(), forms, strict=True):
+        found = {a.name: a for a in residue.atoms() if a.name in ("HZ1", "HZ2", "HZ3")}
+        if wanted == "LYN" and "HZ3" in found and len(found) < 3:
+            found["HZ3"].name = "HZ1" if "HZ1" not in found else "HZ2"
+
+
+def _bridges(topology: app.Topology, names: dict[ResidueKey, str], path: Path) -> None:
+    """A cysteine that is named as one of a disulfide needs its partner."""
+    bonded = _neighbours(topology)
+    for residue in topology.residues():
+        name = names.get((residue.chain.id, residue.id, residue.insertionCode.strip()), "")
+        if name[-3:] not in BRIDGED and name not in BRIDGED:
+            continue
+        if not any(b.residue is not residue for a in residue.atoms() if a.name == "SG" for b in bonded[a]):
+            raise InputError(
+                f"{path}: {residue_label(residue, name)} is named as in a disulfide, but no other sulfur of the chain "
+                "is within 0.3 nm: name it CYS, CYM if it is charged, or give the bond by a CONECT record."
+            )
+
+
+def _misfit(error: Exception, topology: app.Topology, capped: Any, names: dict[ResidueKey, str], path: Path) -> str:
+    """Why the force field cannot describe the structure, in terms of its file."""
+    found = re.search(r"residue (\d+) \((\w+)\)", str(error))
+    residues = [r for chain in topology.chains() for r in chain.residues()]
+    if isinstance(capped, CapsInside):
+        residues = [main(group) for chain in topology.chains() for group in groups(list(chain.residues()))]
+    if found is None or int(found[1]) >= len(residues):
+        return f"The force field cannot describe {path} ({first_line(error)})."
+    residue = residues[int(found[1])]
+    name = names.get((residue.chain.id, residue.id, residue.insertionCode.strip()), residue.name)
+    ends = [" at an end of the chain"] * (residue in (residues[0], residues[-1]))
+    atoms = " ".join(a.name for a in residue.atoms())
+    return (
+        f"{path}: the force field has no template for {residue_label(residue, name)}{''.join(ends)} with the atoms "
+        f"{atoms} and the hydrogens that belong to them: correct its atom names or bonds, choose another protonation "
+        "or cap, or add its parameters with --forcefield."
+    )

@@ -16,9 +16,9 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from openmm_bg.errors import CheckpointError
-from openmm_bg.files import write_atomically
+from openmm_bg.files import CHECKPOINT, write_atomically
 
-INDEX = "checkpoint.json"
+INDEX = CHECKPOINT
 _FORMAT = "openmm_bg checkpoint"
 _VERSION = 1
 # What an interrupted or superseded checkpoint can leave behind: our own names and nothing else.
@@ -71,10 +71,16 @@ def save(directory: Path, step: int, tensors: dict[str, Tensor], meta: dict[str,
     except OSError as error:
         reason = error.strerror or str(error)
         raise CheckpointError(
-            f"Cannot write a checkpoint of step {step} to {directory} ({reason}); the previous one is "
-            "intact: make room and resume."
+            f"Cannot write a checkpoint of step {step} to {directory} ({reason}){advice(directory)}."
         ) from error
     clean(directory)
+
+
+def advice(directory: Path) -> str:
+    """The end of a sentence about a disk that is full: whether there is a checkpoint to go on from."""
+    return (
+        "; the previous checkpoint is intact: make room and resume" if exists(directory) else ": make room and repeat"
+    )
 
 
 def _named_by_index(directory: Path) -> str | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from openmm_bg.errors import CheckpointError
+from openmm_bg.training import checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +69,9 @@ class History:
                     file.truncate(self._size)
                     raise
         except OSError as error:
+            advice = checkpoint.advice(self.path.parent)
             raise CheckpointError(
-                f"Cannot write the loss curve {self.path} ({error.strerror or error}); the previous "
-                "checkpoint is intact: make room and resume."
+                f"Cannot write the loss curve {self.path} ({error.strerror or error}){advice}."
             ) from error
         self._size += len(data)
         self._written = len(self.rows)

@@ -18,6 +18,7 @@ from openmm import unit  # isort: skip
 
 from openmm_bg.artifact import Flow, compress_text, topology_to_dict
 from openmm_bg.coordinates import CoordinateMap, MoleculeGraph, read_constraints
+from openmm_bg.coordinates.chirality import check_hands
 from openmm_bg.energy import ContextPool, Target, in_kelvin, make_context
 from openmm_bg.errors import EnergyError, InputError
 from openmm_bg.flow import build_flow
@@ -28,7 +29,7 @@ from openmm_bg.training.dataset import Dataset
 from openmm_bg.training.parallel import Ranks, joined
 from openmm_bg.training.record import training_record, versions
 from openmm_bg.training.threads import fastest_threads
-from openmm_bg.training.trainer import Trainer
+from openmm_bg.training.trainer import Trainer, TrainingInterrupted
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +150,7 @@ def _train(
     graph = MoleculeGraph(topology)
     positions = load_frames(trajectory, topology)
     _check_bonds(positions, graph)
+    check_hands(positions, topology)
     logger.info("%d frames of %d atoms.", len(positions), graph.n_atoms)
     _announce_refusals(system)
     try:
@@ -178,10 +180,12 @@ def _train(
         sample = dataset.y[: -(-config.batch_size // ranks.size)].float().to(device)
         with fastest_threads(lambda: _trial_step(density, sample)):
             trainer.run(resume=resume)
-            for module in (density, coordinates):
-                module.to("cpu")
-            completion, fitted = _complete(coordinates, topology, dataset, config)
-        record = training_record(trainer, density, coordinates, len(positions), completion)
+            with _interruptible(directory):
+                for module in (density, coordinates):
+                    module.to("cpu")
+                completion, fitted = _complete(coordinates, topology, dataset, config)
+        with _interruptible(directory):
+            record = training_record(trainer, density, coordinates, len(positions), completion)
     if fitted:
         record["completion"] = fitted
     metadata = {
@@ -196,6 +200,20 @@ def _train(
         path = Path(directory) / "flow.bg"
         ranks.from_main(lambda: flow.save(path))
     return flow
+
+
+@contextmanager
+def _interruptible(directory: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Ctrl-C after the last step: the flow is trained, and what is missing is the work of a minute."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        what = "Interrupted after the training's last step, before the flow was written"
+        if directory is None:
+            raise TrainingInterrupted(f"{what}; without a directory nothing is saved.") from None
+        raise TrainingInterrupted(
+            f"{what}; {directory} holds the trained flow's checkpoint, resume to go on: no step is repeated."
+        ) from None
 
 
 def load_frames(trajectory: Any, topology: Any) -> np.ndarray:

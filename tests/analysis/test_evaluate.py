@@ -187,6 +187,13 @@ def test_figures_of_a_bad_flow_are_readable(evaluated):
     assert row[2].startswith("one in 1.")
 
 
+def test_one_batch_is_no_batches(evaluated):
+    figures = copy.deepcopy(evaluated.figures)
+    for n, words in ((1, "; 1 batch of 500\n"), (2, "; 2 batches of 500\n")):
+        figures["delta_d"]["batches"] = n
+        assert words in str(Evaluation(figures))
+
+
 def test_one_sample_is_enough(dipeptide, frames):
     found = evaluate(dipeptide.flow, frames[:20], n_samples=1, **ONE)
     assert found.figures["delta_d"]["batch"] == 1 and str(found)

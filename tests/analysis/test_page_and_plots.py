@@ -59,6 +59,20 @@ def test_ragged_table_is_refused_and_leaves_the_earlier_page(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["p.html"]
 
 
+def test_a_wide_table_has_a_box_to_move_in_and_words_of_their_own_line():
+    """On a phone a table was cut without a sign of it. Looked at in a browser; here what the style sheet relies on."""
+    plain = Table(tuple("abcde"), [tuple("12345")], caption="numbers")
+    words = Table(("figure", "generated", "data", "in words"), [("ΔD", "1", "2", "a sentence")], text_last=True)
+    text = render_page("t", "l", [Section("s", [plain, words])])
+    boxes = re.findall(r'<div class="scroll" tabindex="0"><table([^>]*)>(.*?)</table></div>', text, flags=re.DOTALL)
+    assert [attributes for attributes, _ in boxes] == ["", ' class="text-last" style="--figures: 2"']
+    assert text.count("<table") == 2 and "<caption><span>numbers</span></caption>" in boxes[0][1]
+    style = re.search(r"<style>(.*?)</style>", text, flags=re.DOTALL)[1]
+    assert re.search(r"\.scroll \{ overflow-x: auto;", style)
+    narrow = style[style.index("@media (max-width: 640px)") :]
+    assert "repeat(var(--figures), auto)" in narrow and "grid-column: 1 / -1" in narrow
+
+
 def test_full_disk_leaves_the_earlier_page_and_nothing_else(tmp_path, monkeypatch):
     path = write_page(tmp_path / "p.html", "first", "lead", [])
 

@@ -1,5 +1,6 @@
 """What users bring: checked, completed, or refused in one sentence with nothing left behind."""
 
+import itertools
 import warnings
 from pathlib import Path
 
@@ -204,6 +205,47 @@ def test_bad_structures(dipeptide, tail, hp35, tmp_path):
     (work / "ligand.pdb").write_text("\n".join([*ligand, "END"]))
     refused(simulate(work / "ligand.pdb", tmp_path), "LIG 900", "remove it")
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*start, "in"])
+
+
+def test_two_chains_of_one_letter(tail, tmp_path):
+    """Without a TER record between them OpenMM takes them for one chain, and its broken bond for a gap."""
+    one = [line for line in tail.read_text().splitlines() if line.startswith("ATOM")]
+    number = int(one[-1][22:26])
+
+    def copy(start, keep=lambda line: True):
+        """The chain again, 5 nm away, with numbers from `start`."""
+        first = int(one[0][22:26])
+        return [
+            f"{s[:22]}{int(s[22:26]) - first + start:4d}{s[26:30]}{float(s[30:38]) + 50:8.3f}{s[38:]}"
+            for s in one
+            if keep(s)
+        ]
+
+    def refusal(*parts):
+        (tmp_path / "two.pdb").write_text("\n".join([*itertools.chain(*parts), "END"]) + "\n")
+        with pytest.raises(InputError) as caught:
+            prepare(tmp_path / "two.pdb", FIELD)
+        message = str(caught.value)
+        assert "\n" not in message and message.endswith(".") and ". " not in message
+        return message
+
+    ended = refusal(one, copy(number + 1))
+    assert "a second chain of the same letter begins there: put a TER record" in ended and "missing" not in ended
+    without_end = [line for line in one if " OXT" not in line]
+    again = refusal(without_end, copy(1))  # numbers begin anew
+    assert "a second chain of the same letter begins there" in again
+    unclear = refusal(without_end, copy(number + 5, lambda s: s[12:16].strip() not in ("H", "H2", "H3")))
+    assert "residues between them are missing (PDBFixer adds them), or a second chain" in unclear and "TER" in unclear
+    assert "2 chains ((blank), (blank)): give them different letters and keep one of them with --chain" in refusal(
+        one, ["TER"], copy(1)
+    )
+
+
+def test_polarisable_force_fields(dipeptide, tmp_path):
+    """AMOEBA on a CPU ended in OpenMM's error about a nonbonded method, or the process with it."""
+    refused(simulate(dipeptide, tmp_path, "--forcefield", "amoeba2018.xml"), "amoeba2018.xml", "polarisable", "AMOEBA")
+    drude = ("--forcefield", "charmm_polar_2023.xml", "--solvent", "none")
+    refused(simulate(dipeptide, tmp_path, *drude), "polarisable", "Drude")
 
 
 def test_bad_settings(dipeptide, tmp_path, monkeypatch):
