@@ -14,9 +14,9 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-import openmm
-
 from openmm_bg.energy import thermal_energy
+
+import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only then)
 
 FloatArray = NDArray[np.float64]
 

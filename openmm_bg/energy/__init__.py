@@ -11,7 +11,8 @@ from .reduced import BOLTZMANN, in_kelvin, reduced_energy, thermal_energy
 from .regulariser import regularise_energy
 from .snapshot import make_context
 from .target import Target
-from .tuning import Tuning, tune
+from .tuning import tune
+from .tuning_report import Tuning
 from .twin import SystemTwin
 
 __all__ = [

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import threading
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -26,7 +30,8 @@ from .snapshot import (
     platform_properties,
     read_state,
 )
-from .tuning import Effort, Tuning, check_choice, find_equal, find_fastest
+from .tuning import Effort, check_choice, find_equal, find_fastest
+from .tuning_report import Tuning
 from .twin_workers import TWINS, TwinWorkers, default_threads
 from .workers import Workers
 
@@ -42,6 +47,9 @@ class ContextPool:
     on the spot; one sentence is logged.
     Where that is faster, a torch twin of the System takes the place of the clones, of all of them. All energies
     of one pool count as one energy function (docs/theory.md): compare old and new states with the same pool.
+
+    Several threads may call one pool: a call waits until the one before it is done, `sync` for a batch too. Only
+    `close` does not wait, and what is under way ends in an error.
 
     Parameters
     ----------
@@ -113,6 +121,7 @@ class ContextPool:
         self.context = context
         self.n_atoms: int = context.getSystem().getNumParticles()
         self.tuning: Tuning | None = None
+        self._lock, self._pid, self._closed = threading.Lock(), os.getpid(), False
         self._counts = [0, 0]
         self._counts_there: Tensor | None = None  # those to be added, on the device where they were made
         self._warned_failure = False
@@ -189,7 +198,7 @@ class ContextPool:
         try:
             self._synchronise(state)
         except BaseException:
-            self.close()
+            self._workers.close()
             raise
 
     def _solvent_of_clones(self, state: ContextState) -> EqualSolvent | None:
@@ -251,7 +260,16 @@ class ContextPool:
 
     def close(self) -> None:
         """End the worker threads or processes and destroy clones or twin. Also done on collection and at exit."""
+        self._closed = True
         self._workers.close()
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One call at a time, or `sync` could end workers that a batch is with."""
+        if self._pid != os.getpid():  # another thread may have had its turn when this process was forked, for ever
+            raise EnergyError("A pool does not survive a fork: make one in each process.")
+        with self._lock:
+            yield
 
     def energies(self, positions: ArrayLike | torch.Tensor) -> NDArray[np.float64]:
         """Potential energies.
@@ -269,7 +287,7 @@ class ContextPool:
         Raises
         ------
         InputError
-            A wrong shape.
+            A wrong shape, or no real numbers.
         EnergyError
             The pool is closed.
         """
@@ -303,12 +321,22 @@ class ContextPool:
         -------
         tuple
             Energies [B] in kJ/mol, and forces [B, N, 3] in kJ/mol/nm or None, both float64.
+
+        Raises
+        ------
+        InputError
+            No tensor, a wrong shape, or complex numbers.
+        EnergyError
+            The pool is closed.
         """
-        workers = self._workers
-        if isinstance(workers, TwinWorkers) and workers.holds(positions):
-            found, found_forces, counts = workers.evaluate_on_device(positions, forces=forces)
-            self._counts_there = counts if self._counts_there is None else self._counts_there + counts
-            return found, found_forces
+        if not isinstance(positions, Tensor):
+            raise InputError(f"positions must be a torch tensor, not {type(positions).__name__}.")
+        with self._turn():
+            workers = self._workers
+            if isinstance(workers, TwinWorkers) and workers.holds(positions):
+                found, found_forces, counts = workers.evaluate_on_device(positions, forces=forces)
+                self._counts_there = counts if self._counts_there is None else self._counts_there + counts
+                return found, found_forces
         energies, out = self._evaluate(positions, forces=forces)
         device = positions.device
         return torch.from_numpy(energies).to(device), None if out is None else torch.from_numpy(out).to(device)
@@ -326,6 +354,8 @@ class ContextPool:
         Context, as an edited System normally is, unless it was seen before that the Context does not know it.
         All of this holds for the twin as well, but for the box, which it does not have.
 
+        A batch that another thread has begun is waited for: it ends with the energies of before.
+
         Returns
         -------
         tuple
@@ -340,8 +370,9 @@ class ContextPool:
             Clones (or the twin) of the Context's System do not have the Context's energy, or no twin can be made of the
             System as it is now.
         """
-        state = read_state(self.context)
-        return state.positions, self._synchronise(state)
+        with self._turn():
+            state = read_state(self.context)
+            return state.positions, self._synchronise(state)
 
     def _synchronise(self, state: ContextState) -> float:
         """As `sync`; the energy."""
@@ -371,6 +402,9 @@ class ContextPool:
             old, self._workers, self._fingerprint, self._unpushed = self._workers, fresh, found, None
             self.generation += 1
             old.close()
+            if self._closed:  # meanwhile, and knew of the old ones only
+                fresh.close()
+                raise EnergyError("The pool was closed while it followed its Context.")
             logger.info("The Context's System has changed: energies follow it from now on.")
             return fresh_energy
         self.equal_solvent, self._slack = before
@@ -427,14 +461,16 @@ class ContextPool:
     def _evaluate(self, positions: Any, *, forces: bool) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
         array = as_frames(positions, self.n_atoms)
         rows = sound_rows(array)
-        energies, out = self._workers.evaluate(array, rows, forces=forces)
-        bad = ~np.isfinite(energies)
+        with self._turn():
+            workers = self._workers
+            energies, out = workers.evaluate(array, rows, forces=forces)
+            bad = ~np.isfinite(energies)
+            self._counts[0] += len(rows)
+            self._counts[1] += int(bad.sum())
+            if workers.failure is not None and not self._warned_failure:
+                self._warned_failure = True
+                logger.warning("OpenMM could not evaluate a frame, which counts as +inf: %s", workers.failure)
         energies[bad] = np.inf
         if out is not None and (bad.any() or not np.isfinite(out).all()):
             out[bad | ~np.isfinite(out).all(axis=(1, 2))] = 0.0
-        self._counts[0] += len(rows)
-        self._counts[1] += int(bad.sum())
-        if self._workers.failure is not None and not self._warned_failure:
-            self._warned_failure = True
-            logger.warning("OpenMM could not evaluate a frame, which counts as +inf: %s", self._workers.failure)
         return energies, out

@@ -63,7 +63,7 @@ class Target:
         Raises
         ------
         InputError
-            y and s are not matrices of equally many rows.
+            y and s are not matrices of equally many rows, or complex.
         """
         return self.log_density_and_positions(y, s)[0]
 
@@ -78,6 +78,8 @@ class Target:
         """
         if y.ndim != 2 or s.ndim != 2 or len(y) != len(s):
             raise InputError(f"y and s must be of shape [B, D] and [B, S], not {tuple(y.shape)} and {tuple(s.shape)}.")
+        if y.is_complex() or s.is_complex():
+            raise InputError("y and s must be real numbers, not complex ones.")
         # Whatever enters a weight is computed in double precision.
         y, s = y.to(torch.float64), s.to(torch.float64)
         with torch.no_grad():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -26,7 +26,8 @@ from .choices import Choice, keep_choice, load_choice
 from .implicit_solvent import EqualSolvent, find_equal_solvent
 from .process_workers import ProcessWorkers, serialise
 from .snapshot import ContextState, clone_system, digest_system, platform_properties, read_state
-from .twin_workers import JITTER, TWIN, TWIN_ON_GPU, TWINS, TwinWorkers, default_threads, twin_names
+from .tuning_report import NO_TIME, Tuning, TuningRow, surely_fastest
+from .twin_workers import JITTER, TWIN, TWINS, TwinWorkers, default_threads, twin_names
 from .workers import Workers, usable_cores
 
 logger = logging.getLogger(__name__)
@@ -67,62 +68,6 @@ FRAMES = 512
 FRAME_ATOMS = 1_000_000
 
 
-@dataclass(frozen=True)
-class TuningRow:
-    """One candidate: platform (or one of `TWINS`), number of Contexts (or threads), frames per second (None if not
-    timed) and why not, whether each Context has a process of its own, and whether GBSAOBCForce stands in for an equal
-    CustomGBForce.
-    """
-
-    platform: str
-    n_workers: int
-    frames_per_second: float | None
-    note: str = ""
-    processes: bool = False
-    equal_solvent: bool = False
-
-    @property
-    def name(self) -> str:
-        """The candidate in a few words."""
-        words = f"{self.platform} x {self.n_workers}" + (" processes" if self.processes else "")
-        return words + (" with GBSAOBCForce" if self.equal_solvent else "")
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """Report of `tune`: every candidate, threads before processes and the twin, the chosen one, and whether an earlier
-    tuning chose it.
-    """
-
-    rows: tuple[TuningRow, ...]
-    chosen: TuningRow
-    seconds: float
-    kept: bool = False
-
-    def __str__(self) -> str:
-        n = self.chosen.n_workers
-        where = (
-            "a torch twin of the System on the GPU"
-            if self.chosen.platform == TWIN_ON_GPU
-            else f"{n} thread(s) of a torch twin of the System"
-            if self.chosen.platform == TWIN
-            else f"{n} process(es) with a Context each on {self.chosen.platform}"
-            if self.chosen.processes
-            else f"{n} Context(s) on {self.chosen.platform}"
-        )
-        if self.chosen.equal_solvent:
-            where += " with GBSAOBCForce in the place of the equal CustomGBForce"
-        what = f"Energies run in {where}, {self.chosen.frames_per_second:.3g} frames/s"
-        if self.kept:
-            return f"{what}, as an earlier full tuning of this System on this machine found."
-        others = ", ".join(
-            f"{row.name}: " + (row.note if row.frames_per_second is None else f"{row.frames_per_second:.3g}")
-            for row in self.rows
-            if row is not self.chosen
-        )
-        return what + (f" (others: {others})" if others else "") + f", found in {self.seconds:.1f} s."
-
-
 def tune(
     context: openmm.Context,
     *,
@@ -151,7 +96,9 @@ def tune(
         "full" takes longer for each candidate to be timed, and tries worker processes and the System's torch twin too
         (on the CPU, and on torch's GPU if there is one), which may take seconds to compile. What it finds is kept in
         the user's cache folder, and "quick" takes that up, without timing, for the same System, machine and versions.
-        Nothing is kept or taken up where platform or n_workers is named, and no twin is tried where platform is.
+        Nothing is kept or taken up where platform or n_workers is named, and no twin is tried where platform is. Nor is
+        anything kept that may be the doing of other load on the machine (`surely_fastest`), which one sentence says;
+        what an earlier tuning has kept stays.
 
     Returns
     -------
@@ -232,6 +179,7 @@ def find_fastest(
     system = clone_system(context)
     forms = ([(True, equal.system)] if equal is not None else []) + [(False, system)]
     rows: list[TuningRow] = []
+    shares: list[float] = []
     twins: dict[str, TwinWorkers] = {}
     process_workers: ProcessWorkers | None = None
     if platform not in TWINS:
@@ -241,13 +189,13 @@ def find_fastest(
         counts = [n_workers] if n_workers is not None else _counts(len(usable_cores()))
         deadline = started + (FULL_SECONDS if effort == "full" else TOTAL_SECONDS)
         rows = _time_contexts(
-            context, forms, state, frames, names, counts, deadline, ProcessWorkers if processes else Workers
+            context, forms, state, frames, names, counts, deadline, ProcessWorkers if processes else Workers, shares
         )
     twin_rows: list[TuningRow] = []
     named = [platform] if platform is not None and platform in TWINS else []
     for name in twin_names() if platform is None and effort == "full" and not processes else named:
         threads = [n_workers] if n_workers is not None else _counts(default_threads())
-        found, twin = _time_twin(system, state, frames, threads if name == TWIN else [1], name)
+        found, twin = _time_twin(system, state, frames, threads if name == TWIN else [1], name, shares)
         twin_rows += found
         if twin is not None:
             twins[name] = twin
@@ -279,9 +227,22 @@ def find_fastest(
     report = Tuning(tuple(rows), chosen, time.perf_counter() - started)
     logger.info("%s", report)
     if kept and effort == "full" and digest is not None:
-        rate = chosen.frames_per_second or 0.0
-        keep_choice(digest, Choice(chosen.platform, chosen.n_workers, rate, chosen.processes, chosen.equal_solvent))
+        _keep(digest, report, min(shares, default=1.0))
     return report, ready
+
+
+def _keep(digest: str, report: Tuning, share: float) -> None:
+    """Keep what was chosen, unless the load on the machine may have decided it: it would stay for ever."""
+    if not surely_fastest(report.rows, report.chosen, share):
+        logger.warning(
+            "How energies are evaluated fastest is not kept, for the machine was so busy with other work while it was "
+            "timed (a thread got %.0f %% of a core) that another way may be faster: tune again when it is free.",
+            100.0 * share,
+        )
+        return
+    best = report.chosen
+    rate = best.frames_per_second or 0.0
+    keep_choice(digest, Choice(best.platform, best.n_workers, rate, best.processes, best.equal_solvent))
 
 
 def _time_contexts(
@@ -293,6 +254,7 @@ def _time_contexts(
     counts: list[int],
     deadline: float,
     kind: type[Workers] | type[ProcessWorkers],
+    shares: list[float],
 ) -> list[TuningRow]:
     """Platforms, forms of the System and worker counts, each until it gains no more."""
     rows: list[TuningRow] = []
@@ -302,7 +264,7 @@ def _time_contexts(
         for count in counts:
             row = TuningRow(name, count, None, processes=kind is ProcessWorkers, equal_solvent=equal)
             if best > 0.0 and time.perf_counter() > deadline:
-                rows.append(replace(row, note="no time left"))
+                rows.append(replace(row, note=NO_TIME))
                 break
             try:
                 workers = kind(system, name, platform_properties(name, context), count)
@@ -311,7 +273,7 @@ def _time_contexts(
                 break
             try:
                 workers.apply(state)
-                rate = _rate(workers, frames, hopeless_below=best, scaling=max(counts) / count)
+                rate = _rate(workers, frames, hopeless_below=best, scaling=max(counts) / count, shares=shares)
             finally:
                 workers.close()
             if workers.failure is not None:
@@ -377,7 +339,12 @@ def _time_processes(
 
 
 def _time_twin(
-    system: openmm.System, state: ContextState, frames: NDArray[np.float64], counts: list[int], name: str
+    system: openmm.System,
+    state: ContextState,
+    frames: NDArray[np.float64],
+    counts: list[int],
+    name: str,
+    shares: list[float],
 ) -> tuple[list[TuningRow], TwinWorkers | None]:
     """A twin's rows, one for each number of threads, and the twin unless it cannot be had.
 
@@ -394,7 +361,9 @@ def _time_twin(
         try:
             # Its first call starts threads, or fills the GPU's memory.
             twin.evaluate(frames[:first], list(range(len(frames[:first]))), forces=True)
-            rate = _rate(twin, frames, hopeless_below=0.0, scaling=1.0, seconds_allowed=TWIN_SECONDS, first=first)
+            rate = _rate(
+                twin, frames, hopeless_below=0.0, scaling=1.0, seconds_allowed=TWIN_SECONDS, first=first, shares=shares
+            )
         except EnergyError as error:  # of a GPU
             twin.close()
             return [TuningRow(name, n, None, str(error).rstrip("."))], None
@@ -455,14 +424,21 @@ def _rate(
     scaling: float,
     seconds_allowed: float = CANDIDATE_SECONDS,
     first: int = 0,
+    shares: list[float] | None = None,
 ) -> float | None:
-    """Frames per second, or None if one frame per worker shows that the candidate cannot win."""
+    """Frames per second, or None if one frame per worker shows that the candidate cannot win.
+
+    To `shares` the share of a core is added that a single thread got, for it has work at all times: where several
+    threads wait for each other, or for a GPU, no such number tells of other load.
+    """
 
     def seconds(n: int) -> float:
         begin = time.perf_counter()
         workers.evaluate(frames, list(range(n)), forces=True)
         return max(time.perf_counter() - begin, 1e-9)
 
+    alone = workers.n == 1 and workers.platform in (*HOST_PLATFORMS, TWIN) and not isinstance(workers, ProcessWorkers)
+    began, worked = time.perf_counter(), time.process_time()
     n = min(max(workers.n, first), len(frames))
     total = elapsed = seconds(n)
     if elapsed > COSTLY_SECONDS and scaling * WARM_UP * n / elapsed < hopeless_below:
@@ -477,4 +453,6 @@ def _rate(
             break
         again = seconds(n)
         elapsed, total = min(elapsed, again), total + again
+    if alone and shares is not None:
+        shares.append((time.process_time() - worked) / max(time.perf_counter() - began, 1e-9))
     return n / elapsed

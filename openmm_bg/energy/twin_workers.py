@@ -15,7 +15,7 @@ from torch import Tensor
 
 import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only then)
 
-from ..errors import EnergyError
+from ..errors import EnergyError, InputError
 from .arrays import FARTHEST
 from .snapshot import ContextState
 from .twin import SystemTwin
@@ -173,8 +173,15 @@ class TwinWorkers:
             Energies [B] float64 in kJ/mol, +inf where positions or energy are not finite; forces [B, N, 3] float64 in
             kJ/mol/nm (zero there) or None; and int64 [2], how many frames had finite positions, and how many came out
             as +inf. All on the GPU.
+
+        Raises
+        ------
+        InputError
+            A wrong shape, or complex numbers.
         """
         self._require_alive()
+        if positions.is_complex():  # or float64 would drop what is imaginary
+            raise InputError(f"positions must be real numbers of shape [B, {self.twin.n_atoms}, 3], not complex ones.")
         # First of all: the twin moves a molecule to the origin, and single precision would round it again there.
         frames = positions.detach().to(torch.float64)
         with self._lock, self._telling():

@@ -102,8 +102,8 @@ class LatentMove(ContextMove):
     def step(self, n: int = 1) -> Report:
         """n exact Metropolis steps on the Context's own positions, with step sizes as they are.
 
-        Velocities are carried over to accepted positions (`velocities`); if nothing was accepted the Context is not touched
-        at all.
+        Velocities are carried over to accepted positions (`velocities`); if nothing was accepted the Context is not
+        touched at all.
 
         Raises
         ------

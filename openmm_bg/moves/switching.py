@@ -77,8 +77,8 @@ class NonequilibriumMove(ContextMove):
     def step(self, n: int = 1) -> Report:
         """n moves on the Context's own positions.
 
-        Velocities are carried over to accepted positions (`velocities`); if nothing was accepted the Context is not touched
-        at all.
+        Velocities are carried over to accepted positions (`velocities`); if nothing was accepted the Context is not
+        touched at all.
 
         Raises
         ------

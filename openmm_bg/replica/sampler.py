@@ -21,8 +21,8 @@ from openmm_bg.matching import first_line, require_count
 from openmm_bg.proposals import FlowProposals, Outcome, check_counts, check_step
 from openmm_bg.rules.annealing import check_schedule
 from openmm_bg.surroundings import require_molecule
-from openmm_bg.velocities import carry_velocities
 from openmm_bg.swaps import FlowSwap
+from openmm_bg.velocities import carry_velocities
 
 _NO_STEPS = {"n_proposed": 0, "n_accepted": 0, "n_outside": 0}
 

@@ -187,6 +187,23 @@ def test_single_precision_positions_are_not_rounded_again(pool):
     assert np.abs(direct.numpy() / expected - 1.0).max() > 1e-9
 
 
+@pytest.mark.parametrize("kind", [torch.complex64, torch.complex128])
+def test_complex_positions_are_refused_and_not_made_real(pool, contexts, kind):
+    x = torch.tensor(FRAMES).to(kind)
+    for source in (pool, contexts):
+        calls = [source.evaluate_on_device, source.energies, lambda x, source=source: reduced_energy(x, source, 350),
+                 lambda x, source=source: reduced_energy(x.requires_grad_(), source, 350)]  # fmt: skip
+        for call in calls:
+            with pytest.raises(InputError, match=r"real numbers of shape \[B, \d+, 3\], not complex"):
+                call(x.detach())
+    for call in (pool._workers.twin.evaluate_on_device, pool._workers.twin.energies, pool._workers.twin.evaluate):
+        with pytest.raises(InputError, match=r"real numbers of shape \[B, \d+, 3\], not complex"):
+            call(x)
+    with pytest.raises(InputError, match="must be a torch tensor, not ndarray"):
+        contexts.evaluate_on_device(FRAMES)
+    assert pool.n_energies == pool.n_nonfinite == contexts.n_energies == 0
+
+
 def test_a_target_on_the_device(pool, contexts, monkeypatch):
     class Shift:
         """x = y as it is, with a domain and a volume."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import threading
 
 import numpy as np
 import pytest
-import torch  # noqa: F401  (before openmm)
+import torch
 
 import openmm  # isort: skip
 
@@ -209,3 +212,122 @@ def test_tolerance_covers_rounding_and_no_more(make_context, dipeptide, offset):
         assert abs(ours.energy - other.energy) < 0.5 * tolerance
         assert tolerance < 0.25 * (1 + offset)
         assert energy_tolerance(ours, groups, double=True, same_platform=True) < 1e-6
+
+
+# ------------------------------------------------------------------------------------------------ from several threads
+
+
+class Held:
+    """Workers that stay in their next batch until they are told to go on; then they evaluate it."""
+
+    def __init__(self, pool: ContextPool, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.go = threading.Event(), threading.Event()
+        plain = pool._workers.evaluate
+
+        def evaluate(*arguments, **options):
+            if not self.begun.is_set():  # a twin's `group_energies` comes here too
+                self.begun.set()
+                assert self.go.wait(20)
+            return plain(*arguments, **options)
+
+        monkeypatch.setattr(pool._workers, "evaluate", evaluate)
+
+
+def in_thread(function) -> tuple[threading.Thread, list[object]]:
+    """A thread that calls a function, and what it returned or was told."""
+    found: list[object] = []
+
+    def work() -> None:
+        try:
+            found.append(function())
+        except EnergyError as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread, found
+
+
+KINDS = {
+    "threads": {"platform": "Reference"},
+    "processes": {"platform": "Reference", "processes": True},
+    "twin": {"platform": "twin"},
+}
+
+
+@pytest.fixture(params=KINDS)
+def own_pool(request, make_context, pair):
+    """Context, pool and force as `setup`, in workers of each kind."""
+    system, force, x = pair
+    context = make_context("Reference", system, x)
+    with ContextPool(context, n_workers=1, **KINDS[request.param]) as pool:
+        yield context, pool, force
+
+
+def change_beside_a_batch(own_pool, monkeypatch, patience) -> tuple[list[object], list[object], bool]:
+    """What a batch finds, what `sync` returns when a change is pushed beside it, and whether `sync` waited so long."""
+    context, pool, force = own_pool
+    held = Held(pool, monkeypatch)
+    batch, energies = in_thread(lambda: pool.energies(at(0.2, 0.2)).tolist())
+    assert held.begun.wait(20)
+    force.setBondParameters(0, 0, 1, [2000.0])
+    force.updateParametersInContext(context)
+    sync, synced = in_thread(lambda: pool.sync()[1])
+    sync.join(patience)
+    waited = sync.is_alive()
+    held.go.set()
+    batch.join(20), sync.join(20)
+    assert not (batch.is_alive() or sync.is_alive())
+    return energies, synced, waited
+
+
+def test_sync_waits_for_a_batch_of_another_thread(own_pool, monkeypatch):
+    energies, synced, waited = change_beside_a_batch(own_pool, monkeypatch, 0.5)
+    assert waited and energies == [[pytest.approx(5.0), pytest.approx(5.0)]]  # those of before
+    assert synced == [pytest.approx(2.5)]
+    assert own_pool[1].generation == 1 and own_pool[1].energies(at(0.2))[0] == pytest.approx(10.0)
+    assert own_pool[1].n_energies == 3
+
+
+def test_a_sync_that_did_not_wait_would_be_noticed(own_pool, monkeypatch):
+    """It ends the workers that the batch is with."""
+    monkeypatch.setattr(own_pool[1], "_turn", contextlib.nullcontext)
+    energies, _, waited = change_beside_a_batch(own_pool, monkeypatch, 15.0)
+    assert not waited and energies == ["The pool is closed: make another one."]
+
+
+def test_a_pool_that_is_closed_while_it_follows_stays_closed(own_pool, monkeypatch):
+    context, pool, force = own_pool
+    force.setBondParameters(0, 0, 1, [2000.0])
+    force.updateParametersInContext(context)
+    plain, made = pool._make_workers, []
+
+    def make(*arguments):
+        made.append(plain(*arguments))
+        pool.close()  # as another thread may
+        return made[0]
+
+    monkeypatch.setattr(pool, "_make_workers", make)
+    with pytest.raises(EnergyError, match="was closed while it followed its Context"):
+        pool.sync()
+    with pytest.raises(EnergyError, match="closed"):
+        made[0].evaluate(at(0.2), [0], forces=False)
+    with pytest.raises(EnergyError, match="closed"):
+        pool.energies(at(0.2))
+
+
+def test_a_fork_amid_a_batch_is_told_at_once(own_pool, monkeypatch):
+    """Its copy of the lock stays locked: the thread that would open it has stayed behind."""
+    pool = own_pool[1]
+    held = Held(pool, monkeypatch)
+    batch, energies = in_thread(lambda: pool.energies(at(0.2)).tolist())
+    assert held.begun.wait(20)
+    with monkeypatch.context() as child:
+        child.setattr(os, "getpid", lambda: -1)
+        for call in (lambda: pool.energies(at(0.2)), pool.sync, lambda: pool.evaluate_on_device(torch.tensor(at(0.2)))):
+            thread, told = in_thread(call)
+            thread.join(5)
+            assert told == ["A pool does not survive a fork: make one in each process."]
+    held.go.set()
+    batch.join(20)
+    assert energies == [[pytest.approx(5.0)]]

@@ -282,7 +282,7 @@ def test_a_process_that_is_killed_is_an_error_and_no_hang(make_context, frames, 
     started = time.perf_counter()
     with pytest.raises(EnergyError, match=r"A worker process of the pool ended \(SIGKILL\): make another pool"):
         pool.energies(many)
-    assert time.perf_counter() - started < 5.0
+    assert time.perf_counter() - started < 20.0  # on a busy machine, too
     assert all_gone(found)
     with pytest.raises(EnergyError, match="closed"):
         pool.energies(frames)
@@ -323,10 +323,11 @@ def test_closed_by_another_thread(make_context, frames):
         except EnergyError as error:
             found.append(str(error))
 
+    before = pool._workers._number
     caller = threading.Thread(target=work)
     caller.start()
     deadline = time.perf_counter() + 10.0
-    while not pool._workers._disturbed and time.perf_counter() < deadline:
+    while pool._workers._number == before and time.perf_counter() < deadline:  # until the command is given
         time.sleep(0.001)
     time.sleep(0.05)
     pool.close()

@@ -160,3 +160,12 @@ def test_wrong_input(pool):
             target.log_density(*pair)
     with pytest.raises(InputError, match="temperature"):
         Target(Bent(), pool, -1)
+
+
+def test_complex_coordinates_are_refused_and_not_made_real(pool):
+    target = Target(Bent(), pool, T)
+    y, s = torch.tensor([[0.1, 1.9]]), torch.tensor([[0.1]])
+    assert torch.isfinite(target.log_density(y, s)).all()
+    for given in ((y + 1j, s), (y, s + 0j)):
+        with pytest.raises(InputError, match="y and s must be real numbers, not complex"):
+            target.log_density(*given)

@@ -117,6 +117,46 @@ def test_values_known_by_hand(text, value):
 
 
 @pytest.mark.parametrize(
+    "text, value",
+    [("max(log(0),x)", 2.0), ("y*exp(log(0)+x)", 0.0), ("x+exp(-exp(1000))", 2.0), ("min(0^-0.5,y)", 3.0),
+     ("x/(1/0)", 0.0), ("atan(exp(1000))*x", math.pi), ("select(x,y,log(0))", 3.0)],
+)  # fmt: skip
+def test_infinities_of_numbers_alone_are_numbers(text, value):
+    """For which Python's functions raise, and OpenMM's do not."""
+    assert evaluate(text, 2.0, 3.0, 0.5) == pytest.approx(value, abs=1e-15)
+    twin = SystemTwin(external(text), POINTS[:1] + 1.0)
+    assert twin.deviation.energy < 1e-12 and twin.deviation.force < 1e-11
+
+
+WALLS = [
+    "select(step(x),0.1,1/0)*y", "select(step(-x),1/0,0.1)*y", "select(x,0.3,-exp(1000))+y",
+    "select(step(-x),log(0),0.3)", "select(x,y,1/0)", "min(x,1/0)+max(-1/0,y)", "1/(1/0+x)+y",
+    "select(step(x),1/0,-1/0)",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", WALLS)
+def test_walls_of_infinite_height(text):
+    points = np.array([[0.3, 0.7, 1.2], [1.4, 0.1, 0.2]])[:, None]
+    if "-1/0)" in text and "min" not in text:
+        assert evaluate(text, 1.0, 1.0, 1.0) == math.inf == -evaluate(text, -1.0, 1.0, 1.0)
+        return
+    twin = SystemTwin(external(text), points)
+    assert twin.deviation.energy < 1e-15 and twin.deviation.force < 1e-15
+    assert (
+        math.isfinite(evaluate(text, 1.0, 1.0, 1.0))
+        and abs(evaluate("select(step(x),0.1,1/0)", -1.0, 1.0, 1.0)) == math.inf
+    )
+
+
+def test_what_is_no_number_is_read_all_the_same():
+    """OpenMM itself waits for ever when it meets one."""
+    for text in ("log(-1)+x", "(-8)^(1/3)*x", "x^(0/0)", "select(step(x),acos(2),x)"):
+        assert math.isnan(evaluate(text, 2.0, 3.0, 0.5))
+    assert evaluate("x^(1/0)", 2.0, 3.0, 0.5) == math.inf
+
+
+@pytest.mark.parametrize(
     "text, reason",
     [("x+", "ends too early"), ("(x", "early|closed"), ("x)", "unexpected"), ("+x", "unexpected"),
      ("pow(x,2)", "no function pow"), ("sin(x,y)", "1 argument"), ("select(x,y)", "3 arguments"),

@@ -73,10 +73,19 @@ def table(kind: str) -> openmm.TabulatedFunction:
         "c1": lambda: openmm.Continuous1DFunction(values[:12], 0.05, 0.45),
         "c1p": lambda: openmm.Continuous1DFunction([*values[:12], values[0]], 0.0, 0.2, True),
         "c2": lambda: openmm.Continuous2DFunction(6, 10, values, 0.0, 0.5, -0.5, 3.5),
+        "c2p": lambda: openmm.Continuous2DFunction(5, 7, closed(5, 7), 0.0, 0.2, -0.5, 0.7, True),
+        "c3": lambda: openmm.Continuous3DFunction(3, 4, 5, values, 0.1, 0.4, 0.12, 0.28, -0.5, 1.5),
+        "c3p": lambda: openmm.Continuous3DFunction(6, 3, 4, closed(6, 3, 4), 0.0, 0.2, 0.0, 0.1, -0.5, 1.1, True),
         "d1": lambda: openmm.Discrete1DFunction(values[:5]),
         "d2": lambda: openmm.Discrete2DFunction(3, 4, values[:12]),
         "d3": lambda: openmm.Discrete3DFunction(3, 4, 5, values),
     }[kind]()
+
+
+def closed(*sizes: int) -> np.ndarray:
+    """Random values of a periodic function, the first argument's fastest."""
+    inner = RNG.normal(size=[n - 1 for n in reversed(sizes)])
+    return np.pad(inner, (0, 1), mode="wrap").ravel()
 
 
 # ---------------------------------------------------------------- bonded
@@ -163,6 +172,24 @@ def test_bonded_atoms_on_one_spot_have_openmms_forces():
     assert twin.deviation.force < 1e-9 and twin.energies_and_forces(together)[1].any()
 
 
+@pytest.mark.parametrize("other", [0, 2])
+def test_an_angle_without_an_arm_has_no_energy(other):
+    """As in OpenMM: the atoms are bonded, so that nothing else would tell that they are on one spot."""
+    force = openmm.HarmonicAngleForce()
+    force.addAngle(0, 1, 2, 2.0, 100.0)
+    together = FRAMES[:3].copy()
+    together[1, other] = together[1, 1]
+    context = openmm.Context(
+        holding(force), openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference")
+    )
+    context.setPositions(together[1])
+    assert np.isnan(context.getState(energy=True).getPotentialEnergy()._value)
+    twin = SystemTwin(holding(force), FRAMES[:3])
+    energies, forces = twin.energies_and_forces(together)
+    assert energies[1] == np.inf and not forces[1].any()
+    np.testing.assert_array_equal(energies[[0, 2]], twin.energies(FRAMES)[[0, 2]])
+
+
 def test_atoms_in_a_line_have_openmms_forces():
     force = openmm.HarmonicAngleForce()
     force.addAngle(0, 1, 2, 2.0, 100.0)
@@ -191,6 +218,25 @@ def nonbonded(exceptions: bool = True) -> openmm.NonbondedForce:
 @pytest.mark.parametrize("exceptions", [False, True])
 def test_nonbonded(exceptions):
     agrees(nonbonded(exceptions))
+
+
+def test_an_offset_that_makes_well_depths_negative_leaves_no_energy():
+    """As in OpenMM, though the product of two of them is positive; and no warning of numpy's."""
+    force = nonbonded(exceptions=False)
+    force.addGlobalParameter("lambda", 0.0)
+    for i in (3, 6):
+        force.addParticleParameterOffset("lambda", i, 0.0, 0.0, -2.0)
+    twin = agrees(force)
+    twin.set_parameters({"lambda": 1.0})
+    assert np.all(twin.energies(FRAMES) == np.inf)
+    context = openmm.Context(
+        holding(force), openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference")
+    )
+    context.setParameter("lambda", 1.0)
+    context.setPositions(FRAMES[0])
+    assert np.isnan(context.getState(energy=True).getPotentialEnergy()._value)
+    twin.set_parameters({"lambda": 0.0})
+    assert np.isfinite(twin.energies(FRAMES)).all()
 
 
 def test_nonbonded_offsets_follow_global_parameters():
@@ -271,6 +317,11 @@ def test_interaction_groups(energy, groups):
         ("c1", "q1*q2*f(r)"),
         ("c1p", "q1*q2*f(r-0.1)"),
         ("c2", "f(r,q1*q2*30)"),
+        ("c2p", "f(r-0.1,q1*q2*30)"),
+        ("c3", "f(r,q1,2*r)"),
+        ("c3", "f(3*r^2,q2,kind1*r)"),
+        ("c3", "f(q1,0.2,kind1)*r"),  # of parameters alone
+        ("c3p", "f(r-0.3,q2,kind1-kind2*r)"),
         ("d1", "(f(kind1)+f(kind2))*r^2"),
         ("d2", "f(kind1,kind2)*r"),
         ("d2", "f(2*step(r-0.2),kind2)*r"),
@@ -402,6 +453,7 @@ def with_method(force, method):
         (lambda: with_method(nonbonded(), openmm.NonbondedForce.PME), "periodic|cutoff"),
         (lambda: with_method(custom_nonbonded("r"), openmm.CustomNonbondedForce.CutoffNonPeriodic), "cutoff"),
         (lambda: with_method(gbsa(), openmm.GBSAOBCForce.CutoffNonPeriodic), "cutoff"),
+        (lambda: openmm.CustomGBForce(), "CustomGBForce without computed values"),
     ],
 )
 def test_what_it_does_not_know_is_refused(make, word):
@@ -409,15 +461,11 @@ def test_what_it_does_not_know_is_refused(make, word):
         SystemTwin(holding(make()), FRAMES)
 
 
-def test_virtual_sites_and_tables_of_three_variables_are_refused():
+def test_virtual_sites_are_refused():
     system = holding(harmonic_bonds())
     system.setVirtualSite(3, openmm.TwoParticleAverageSite(0, 1, 0.5, 0.5))
     with pytest.raises(InputError, match="virtual sites"):
         SystemTwin(system, FRAMES)
-    force = custom_nonbonded("f(r,q1,q2)")
-    force.addTabulatedFunction("f", openmm.Continuous3DFunction(2, 2, 2, [0.0] * 8, 0, 1, 0, 1, 0, 1))
-    with pytest.raises(InputError, match="Continuous3DFunction"):
-        SystemTwin(holding(force), FRAMES)
 
 
 def test_a_wrong_term_is_noticed(monkeypatch):

@@ -120,7 +120,7 @@ def test_carried_velocities_have_maxwells_distribution_on_the_new_constraints(ma
 @pytest.mark.statistical
 def test_a_deliberate_error_is_seen(monkeypatch):
     make_integrator, steps = INTEGRATORS[0]
-    half_step, allowed = openmm_bg.velocities._half_step, openmm_bg.velocities._allowed
+    half_step = openmm_bg.velocities._half_step
     with monkeypatch.context() as patch:  # velocities between the steps taken for those on the step
         patch.setattr(openmm_bg.velocities, "_half_step", lambda context: 0.0 * half_step(context))
         assert deviation(make_integrator, steps, np.random.default_rng(1)) > 10.0

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property, reduce
 from typing import Any, TypeAlias
 
+import torch
+
 Number: TypeAlias = float | int
 
 
@@ -232,7 +234,7 @@ def whole_power(base: Node, exponent: int) -> Node:
 def power(base: Node, exponent: Node) -> Node:
     """base ^ exponent: collected if the exponent is a whole number, a function otherwise."""
     value = exponent.value
-    if value is not None and value == int(value) and abs(value) <= 64:
+    if value is not None and abs(value) <= 64 and value == int(value):  # False for NaN
         return whole_power(base, int(value))
     return function("pow", base, exponent)
 
@@ -265,14 +267,20 @@ def function(name: str, *arguments: Node) -> Node:
             return arguments[1] if values[0] != 0.0 else arguments[2]
         if arguments[1] == arguments[2]:
             return arguments[1]
-        if values[1] is not None and values[2] is not None:  # of numbers alone, torch would not know the type
+        yes, no = values[1:]
+        if yes is not None and no is not None:  # of numbers alone, torch would not know the type
             truth = a if a.op == "function" and a.args[0] in ("step", "delta") else Node("function", ("truth", (a,)))
-            return number(values[2]) + (values[1] - values[2]) * truth
+            if math.isfinite(yes - no):
+                return number(no) + (yes - no) * truth
+            if math.isfinite(yes) and math.isinf(no):  # times infinity, zero would be no number
+                return number(yes) + math.copysign(1.0, no) * (1.0 / truth - 1.0)
+            if math.isfinite(no) and math.isinf(yes):
+                return number(no) + math.copysign(1.0, yes) * (1.0 / (1.0 - truth) - 1.0)
     elif all(value is not None for value in values):
         try:
             return number(FOLD[name](*values))
-        except (ValueError, ZeroDivisionError, OverflowError):
-            pass  # e.g. log(-1): left to be NaN when it is evaluated
+        except (ValueError, ZeroDivisionError, OverflowError):  # e.g. log(0), for which Python has no number
+            return number(getattr(torch, name)(*(torch.tensor(value, dtype=torch.float64) for value in values)).item())
     return Node("function", (name, arguments))
 
 

@@ -55,9 +55,9 @@ class _NonbondedParameters:
     def of_pairs(self, parameters: Globals, prefix: str) -> dict[str, Tensor]:
         """Tables [N, N], zero where there is an exception and outside the upper triangle."""
         q, sigma, epsilon = self._shifted(self.particles, self.particle_offsets, parameters).T
-        tables = _coefficients(
-            q[:, None] * q, 0.5 * (sigma[:, None] + sigma), np.sqrt(epsilon[:, None] * epsilon), prefix
-        )
+        with np.errstate(invalid="ignore"):  # an offset may make it negative, whose energy is none in OpenMM either
+            root = np.sqrt(epsilon)
+        tables = _coefficients(q[:, None] * q, 0.5 * (sigma[:, None] + sigma), root[:, None] * root, prefix)
         for name, value in tables.items():
             value[self.pairs[:, 0], self.pairs[:, 1]] = 0.0
             value[self.pairs[:, 1], self.pairs[:, 0]] = 0.0

@@ -202,9 +202,8 @@ class Program:
         return f"x{self.inputs.index(name)}"
 
     def _static(self, node: Node) -> _Value:
-        value = node.value
-        if value is not None and abs(value) < float("inf"):
-            return _Value(value, 0)
+        if node.value is not None:
+            return _Value(node.value, 0)
         if node not in self.statics:
             self.statics.append(node)
         return _Value(f"s{self.statics.index(node)}", self._axes_of(node))

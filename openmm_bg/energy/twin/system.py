@@ -149,6 +149,8 @@ def _custom_nonbonded(forces: Forces, force: openmm.CustomNonbondedForce, prefix
 
 
 def _custom_gb(forces: Forces, force: openmm.CustomGBForce, prefix: str) -> None:
+    if not force.getNumComputedValues():  # OpenMM's Reference platform, which the twin is compared with, would crash
+        raise unsupported("a CustomGBForce without computed values")
     solvent = GeneralisedBorn(force, prefix)
     forces.solvents.append(solvent)
     forces.pairs.extend(solvent.pairs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -117,6 +119,17 @@ def _horner(coefficients: list[Tensor], t: Tensor, order: int) -> Tensor:
     return result
 
 
+def _locate(x: Tensor, bounds: tuple[float, float], cells: int, periodic: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Cell of each argument, the place in it (0 to 1; NaN stays NaN), and whether the argument is out of range."""
+    low, high = bounds
+    if periodic:
+        x = low + torch.remainder(x - low, high - low)
+    outside = (x < low) | (x > high)
+    t = torch.where(outside, 0.0, (x - low) / ((high - low) / cells))
+    cell = torch.clamp(torch.floor(t), max=cells - 1)
+    return torch.nan_to_num(cell).long(), t - cell, outside
+
+
 class Discrete(Table):
     """Values at whole numbers; arguments are rounded."""
 
@@ -140,11 +153,12 @@ class Discrete(Table):
 class Continuous1D(Table):
     """A cubic spline."""
 
-    def __init__(self, values: NDArray[np.float64], low: float, high: float, periodic: bool) -> None:
+    def __init__(self, values: NDArray[np.float64], bounds: tuple[float, float], periodic: bool) -> None:
+        """``values`` [n]; if periodic, the last one repeats the first."""
         super().__init__(1)
-        self.low, self.high, self.periodic = low, high, periodic
-        self.step = (high - low) / (len(values) - 1)
-        if periodic:  # the last value repeats the first
+        self.bounds, self.periodic = bounds, periodic
+        self.step = (bounds[1] - bounds[0]) / (len(values) - 1)
+        if periodic:
             slopes = spline_slopes(values[:-1], self.step, True)
             slopes = np.append(slopes, slopes[0])
         else:
@@ -154,14 +168,9 @@ class Continuous1D(Table):
 
     def evaluate(self, orders: tuple[int, ...], *arguments: Any) -> Tensor:
         (x,) = _tensors(arguments)
-        if self.periodic:
-            x = self.low + torch.remainder(x - self.low, self.high - self.low)
-        inside = (x >= self.low) & (x <= self.high)
-        t = torch.where(inside, (x - self.low) / self.step, 0.0)
-        cell = torch.clamp(torch.floor(t), max=self.coefficients.shape[1] - 1)
-        picked = self._on(x)[:, cell.long()]
-        value = _horner(list(picked), t - cell, orders[0]) / self.step ** orders[0]
-        return torch.where(inside, value, torch.where(torch.isnan(x), torch.nan, 0.0))
+        cell, t, outside = _locate(x, self.bounds, self.coefficients.shape[1], self.periodic)
+        value = _horner(list(self._on(x)[:, cell]), t, orders[0]) / self.step ** orders[0]
+        return torch.where(outside, 0.0, value)
 
 
 class Continuous2D(Table):
@@ -179,23 +188,56 @@ class Continuous2D(Table):
         self.coefficients = bicubic_patches(grid, (self.steps[0], self.steps[1]), periodic)
 
     def evaluate(self, orders: tuple[int, ...], *arguments: Any) -> Tensor:
-        given = _tensors(arguments)
-        inside = torch.ones_like(given[0], dtype=torch.bool)
-        bad = torch.isnan(given[0]) | torch.isnan(given[1])
-        cells, fractions = [], []
-        for (low, high), step, x, n in zip(self.ranges, self.steps, given, self.coefficients.shape[:2], strict=True):
-            if self.periodic:
-                x = low + torch.remainder(x - low, high - low)
-            inside = inside & (x >= low) & (x <= high)
-            t = torch.where(inside, (x - low) / step, 0.0)
-            cell = torch.clamp(torch.floor(t), max=n - 1)
-            cells.append(cell.long())
-            fractions.append(t - cell)
-        picked = self._on(given[0])[cells[0], cells[1]]
-        rows = [_horner(list(picked[..., a, :].unbind(-1)), fractions[1], orders[1]) for a in range(4)]
-        value = _horner(rows, fractions[0], orders[0])
+        x, y = _tensors(arguments)
+        i, t, outside = _locate(x, self.ranges[0], self.coefficients.shape[0], self.periodic)
+        j, u, beside = _locate(y, self.ranges[1], self.coefficients.shape[1], self.periodic)
+        picked = self._on(x)[i, j]
+        rows = [_horner(list(picked[..., a, :].unbind(-1)), u, orders[1]) for a in range(4)]
+        value = _horner(rows, t, orders[0])
         value = value / (self.steps[0] ** orders[0] * self.steps[1] ** orders[1])
-        return torch.where(inside, value, torch.where(bad, torch.nan, 0.0))
+        return torch.where(outside | beside, 0.0, value)
+
+
+class Continuous3D(Table):
+    """A tricubic spline: the cubic splines along the three axes, one of the other."""
+
+    def __init__(self, values: NDArray[np.float64], ranges: tuple[tuple[float, float], ...], periodic: bool) -> None:
+        """``values`` [nx, ny, nz]; if periodic, the last ones along each axis repeat the first.
+
+        Kept are values, slopes along the axes and mixed derivatives at the knots: an eighth of the 64 coefficients of
+        every cell.
+        """
+        super().__init__(3)
+        self.ranges, self.periodic, self.cells = ranges, periodic, tuple(n - 1 for n in values.shape)
+        self.steps = tuple((high - low) / n for (low, high), n in zip(ranges, self.cells, strict=True))
+        knots = values[:-1, :-1, :-1] if periodic else values
+        for axis, step in enumerate(self.steps):
+            slopes = spline_slopes(np.moveaxis(knots, axis, 0), step, periodic) * step
+            knots = np.stack((knots, np.moveaxis(slopes, 0, axis)), axis=-1)
+        if periodic:
+            knots = np.pad(knots, [(0, 1)] * 3 + [(0, 0)] * 3, mode="wrap")
+        # [2, 2, 2, knots]: value or slope along x, along y, along z
+        self.coefficients = np.moveaxis(knots, (0, 1, 2), (3, 4, 5)).reshape(2, 2, 2, -1)
+
+    def evaluate(self, orders: tuple[int, ...], *arguments: Any) -> Tensor:
+        given = _tensors(arguments)
+        cells, weights, outside = [], [], torch.zeros_like(given[0], dtype=torch.bool)
+        for x, bounds, n, step, order in zip(given, self.ranges, self.cells, self.steps, orders, strict=True):
+            cell, t, beside = _locate(x, bounds, n, self.periodic)
+            basis = [_horner(list(powers), t, order) / step**order for powers in HERMITE.T]
+            # Of value and slope at the lower end of the cell, and at the upper one.
+            weights.append([basis[end::2] for end in (0, 1)])
+            cells.append(cell)
+            outside = outside | beside
+        ny, nz = self.cells[1] + 1, self.cells[2] + 1
+        first = (cells[0] * ny + cells[1]) * nz + cells[2]
+        knots, value = self._on(given[0]), torch.zeros_like(given[0])
+        for i, j, k in itertools.product((0, 1), repeat=3):
+            part = knots[..., first + ((i * ny + j) * nz + k)]
+            for own, at_value, at_slope in ((2, *weights[2][k]), (1, *weights[1][j]), (0, *weights[0][i])):
+                part = torch.addcmul(part.select(own, 0) * at_value, part.select(own, 1), at_slope)
+            value = value + part
+        return torch.where(outside, 0.0, value)
 
 
 def read_table(name: str, function: openmm.TabulatedFunction) -> Table:
@@ -204,23 +246,31 @@ def read_table(name: str, function: openmm.TabulatedFunction) -> Table:
     Raises
     ------
     InputError
-        A continuous function of three variables.
+        A kind that is not known here, or a periodic function whose ends differ, at which OpenMM raises or, for three
+        variables, ends the process.
     """
+    given = function.getFunctionParameters()
     if isinstance(function, openmm.Discrete1DFunction):
-        return Discrete(np.array(function.getFunctionParameters()))
-    if isinstance(function, openmm.Discrete2DFunction):
-        nx, ny, values = function.getFunctionParameters()
-        return Discrete(np.array(values).reshape(ny, nx).T)
-    if isinstance(function, openmm.Discrete3DFunction):
-        nx, ny, nz, values = function.getFunctionParameters()
-        return Discrete(np.array(values).reshape(nz, ny, nx).transpose(2, 1, 0))
+        return Discrete(np.array(given))
+    if isinstance(function, (openmm.Discrete2DFunction, openmm.Discrete3DFunction)):
+        return Discrete(_grid(given[:-1], given[-1]))
     if isinstance(function, openmm.Continuous1DFunction):
-        values, low, high = function.getFunctionParameters()
-        return Continuous1D(np.array(values), low, high, function.getPeriodic())
-    if isinstance(function, openmm.Continuous2DFunction):
-        nx, ny, values, xlow, xhigh, ylow, yhigh = function.getFunctionParameters()
-        grid = np.array(values).reshape(ny, nx).T
-        return Continuous2D(grid, ((xlow, xhigh), (ylow, yhigh)), function.getPeriodic())
-    raise InputError(
-        f"The twin knows no tabulated function of the kind {type(function).__name__} ({name}): use the Context pool."
-    )
+        n, values = 1, np.array(given[0])
+    elif isinstance(function, (openmm.Continuous2DFunction, openmm.Continuous3DFunction)):
+        n = 2 if isinstance(function, openmm.Continuous2DFunction) else 3
+        values = _grid(given[:n], given[n])
+    else:
+        kind = type(function).__name__
+        raise InputError(f"The twin knows no tabulated function of the kind {kind} ({name}): use the Context pool.")
+    limits, periodic = given[-2 * n :], function.getPeriodic()
+    if periodic and any((values.take(0, axis) != values.take(-1, axis)).any() for axis in range(n)):
+        raise InputError(f"The periodic tabulated function {name} must have equal values at both ends of its range.")
+    ranges = tuple(zip(limits[::2], limits[1::2], strict=True))
+    if n == 1:
+        return Continuous1D(values, ranges[0], periodic)
+    return Continuous2D(values, (ranges[0], ranges[1]), periodic) if n == 2 else Continuous3D(values, ranges, periodic)
+
+
+def _grid(sizes: Sequence[int], values: Sequence[float]) -> NDArray[np.float64]:
+    """Values [n0, n1, ...], of which OpenMM lists the first argument's fastest."""
+    return np.array(values).reshape(tuple(reversed(sizes))).T

@@ -201,8 +201,10 @@ class Angles(Listed):
     def measure(self, x: list[Tensor], vectors: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
         u, v = x[0] - x[1], x[2] - x[1]
         normal = cross(u, v)
-        sine = torch.sqrt(dot(normal, normal))
-        return torch.atan2(sine, dot(u, v)), (u, v, normal, sine)
+        sine, cosine = torch.sqrt(dot(normal, normal)), dot(u, v)
+        # Of two atoms on one spot, where OpenMM has no energy either; atan2 has zero.
+        angle = torch.atan2(sine, cosine).masked_fill_((sine == 0.0) & (cosine == 0.0), torch.nan)
+        return angle, (u, v, normal, sine)
 
     def spread(self, slope: Tensor, vectors: tuple[Tensor, ...]) -> list[Tensor]:
         u, v, normal, sine = vectors
