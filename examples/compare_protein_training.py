@@ -468,9 +468,10 @@ def ordering(found: dict[str, dict[str, Any]]) -> list[str]:
                 )
                 continue
             ratio = a / b if b > 0 else float("inf")
+            lower = f"{ratio:.3g} times lower" if b > 0 else "below MD's"
             lines.append(
                 f"- KL, {NAMES[with_kl]} against {NAMES[without]}: median energy above MD's {_energy(b)} against "
-                f"{_energy(a)} kcal/mol, {ratio:.3g} times lower, ΔD {db / da - 1:+.0%} (goal: a hundred times, at "
+                f"{_energy(a)} kcal/mol, {lower}, ΔD {db / da - 1:+.0%} (goal: a hundred times, at "
                 f"most +10 %: {_verdict(ratio >= 100 and db <= 1.1 * da)})."
             )
     return lines

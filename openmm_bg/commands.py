@@ -15,7 +15,7 @@ import openmm  # isort: skip
 from openmm_bg.artifact import load
 from openmm_bg.energy import make_context
 from openmm_bg.errors import InputError
-from openmm_bg.files import CHECKPOINT, FLOW, folder_kind
+from openmm_bg.files import CHECKPOINT, find_flow, folder_kind
 from openmm_bg.sampler import BoltzmannGeneratorSampler
 
 
@@ -126,33 +126,6 @@ def read_system(path: Path) -> openmm.System:
     if not isinstance(system, openmm.System):
         raise InputError(f"{path} holds a {type(system).__name__}, not a System.")
     return system
-
-
-def find_flow(path: Path) -> Path:
-    """The flow file that a user names, or that of the training folder that he names.
-
-    Raises
-    ------
-    InputError
-        A folder without a flow; the sentence says what it is.
-    """
-    if not path.is_dir():
-        return path
-    kind = folder_kind(path)
-    if kind == "model":
-        return path / FLOW
-    if kind == "training":
-        raise InputError(
-            f"The training in {path} has not ended, and so has left no {FLOW} yet: repeat its command with --resume."
-        )
-    if kind == "simulation":
-        raise InputError(
-            f"{path} holds MD frames of openmm-bg simulate and no flow: train one (openmm-bg train {path} -o model/), "
-            f"and sample model/{FLOW}."
-        )
-    if others := sorted(found.name for found in path.glob("*.bg")):
-        raise InputError(f"{path} is a folder, of which {', '.join(others)} can be sampled: name the file.")
-    raise InputError(f"{path} is a folder without a flow: name a flow file, or a folder of openmm-bg train.")
 
 
 def check_resumable(folder: Path) -> None:

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Literal
 
+from openmm_bg.errors import InputError
+
 #: By these a folder is known: what a training, its checkpoints and a simulation leave there.
 FLOW, CHECKPOINT, SIMULATION = "flow.bg", "checkpoint.json", "simulation.json"
 
@@ -18,6 +20,33 @@ def folder_kind(folder: Path) -> Literal["model", "training", "simulation", "oth
     if (folder / CHECKPOINT).is_file():
         return "training"
     return "simulation" if (folder / SIMULATION).is_file() else "other"
+
+
+def find_flow(path: Path) -> Path:
+    """The flow file that a user names, or that of the training folder that he names.
+
+    Raises
+    ------
+    InputError
+        A folder without a flow; the sentence says what it is.
+    """
+    if not path.is_dir():
+        return path
+    kind = folder_kind(path)
+    if kind == "model":
+        return path / FLOW
+    if kind == "training":
+        raise InputError(
+            f"The training in {path} has not ended, and so has left no {FLOW} yet: repeat its command with --resume."
+        )
+    if kind == "simulation":
+        raise InputError(
+            f"{path} holds MD frames of openmm-bg simulate and no flow: name the flow that was trained on them "
+            f"(openmm-bg train {path} -o model/ leaves model/{FLOW})."
+        )
+    if others := sorted(found.name for found in path.glob("*.bg")):
+        raise InputError(f"{path} is a folder, which holds {', '.join(others)}: name the file.")
+    raise InputError(f"{path} is a folder without a flow: name a flow file, or a folder of openmm-bg train.")
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

@@ -22,12 +22,12 @@ from openmm_bg.analysis.evaluation import Evaluation
 from openmm_bg.analysis.evaluation_input import HeldOut, read_held_out
 from openmm_bg.artifact import Flow, load
 from openmm_bg.errors import CheckpointError, InputError
-from openmm_bg.files import FLOW, folder_kind
+from openmm_bg.files import find_flow
 
 logger = logging.getLogger(__name__)
 
-#: What `openmm-bg train` leaves in its folder.
-FLOW_NAME, LOSSES_NAME = FLOW, "losses.csv"
+#: Losses of a training, in its folder.
+LOSSES_NAME = "losses.csv"
 
 
 @dataclass(frozen=True)
@@ -37,26 +37,6 @@ class _Input:
     paths: list[Path]
     flows: list[Flow]
     held: HeldOut
-
-
-def find_flow(path: Path) -> Path:
-    """The flow of a training folder, or the file itself.
-
-    Raises
-    ------
-    InputError
-        A folder without a flow.
-    """
-    if not path.is_dir():
-        return path
-    kind = folder_kind(path)
-    if kind == "model":
-        return path / FLOW_NAME
-    if kind == "simulation":
-        raise InputError(f"{path} is a folder of openmm-bg simulate: give the flow first, and then the frames.")
-    if kind == "training":
-        raise InputError(f"{path} has no {FLOW_NAME}: let its training end (openmm-bg train --resume).")
-    raise InputError(f"{path} has no {FLOW_NAME}: give a flow file, or a folder of openmm-bg train.")
 
 
 def check_target(target: Path) -> None:

@@ -18,11 +18,12 @@ from click.testing import CliRunner
 
 import openmm_bg as bg
 from openmm_bg.analysis.evaluation import Evaluation
-from openmm_bg.analysis.files import find_flow, read_history, report_files
+from openmm_bg.analysis.files import read_history, report_files
 from openmm_bg.analysis.report import report_page
 from openmm_bg.analysis.report_text import highlights, lead, number, percent, warnings
 from openmm_bg.cli import main
 from openmm_bg.errors import InputError
+from openmm_bg.files import find_flow
 from openmm_bg.training.history import COLUMNS
 
 import openmm  # isort: skip
@@ -271,8 +272,8 @@ def test_the_loss_curve_is_no_condition(model, dipeptide, caplog):
         (["{model}", "nowhere.dcd"], "no trajectory at nowhere.dcd"),
         (["nowhere.bg", "{data}"], "no flow at nowhere.bg"),
         (["nowhere/flow.bg", "{data}"], "no folder nowhere"),
-        (["{empty}", "{data}"], "has no flow.bg"),
-        (["{simulated}", "{model}"], "give the flow first"),
+        (["{empty}", "{data}"], "is a folder without a flow"),
+        (["{simulated}", "{model}"], "holds MD frames of openmm-bg simulate"),
         (["{model}", "{other}"], "atoms"),
         (["{model}", "{shuffled}"], "another molecule or atom order"),
         (["{model}", "{single}"], "One held-out frame is too few"),

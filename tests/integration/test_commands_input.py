@@ -192,7 +192,7 @@ def test_sample_of_a_folder(molecule, tmp_path):
     refused(sample(folder), "has not ended", "--resume")
     (folder / "checkpoint.json").unlink()
     molecule.flow.save(folder / "best.bg")
-    refused(sample(folder), "best.bg can be sampled")
+    refused(sample(folder), "which holds best.bg")
     assert not (tmp_path / "out.dcd").exists()
     shutil.move(folder / "best.bg", folder / "flow.bg")
     result = sample(folder)
