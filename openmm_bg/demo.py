@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+
+from openmm_bg.progress import progress_bar
 
 import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only then)
 
@@ -185,7 +186,7 @@ def run_chain(flow: Flow, data: DemoData, settings: DemoSettings, progress: bool
     context.setVelocitiesToTemperature(TEMPERATURE, settings.seed + 7)
     frames = np.empty((settings.n_rounds, len(data.positions), 3), dtype=np.float32)
     with BoltzmannGeneratorSampler(flow, context, seed=settings.seed + 8) as sampler:
-        for i in tqdm(range(settings.n_rounds), desc="MD + moves", unit="round", disable=not progress, leave=False):
+        for i in progress_bar(range(settings.n_rounds), desc="MD + moves", unit="round", shown=progress, leave=False):
             integrator.step(settings.md_steps)
             sampler.step(settings.moves_per_round)
             frames[i] = context.getState(positions=True).getPositions(asNumpy=True)._value
@@ -373,7 +374,7 @@ class _seconds_bar:
 
     def __init__(self, what: str, seconds: float, show: bool) -> None:
         form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s{postfix}"
-        self._bar = tqdm(total=seconds, desc=what, bar_format=form, disable=not show, leave=False)
+        self._bar = progress_bar(total=seconds, desc=what, bar_format=form, shown=show, leave=False)
         self._seconds = seconds
 
     def __enter__(self) -> Callable[[float, int], None]:

@@ -32,6 +32,7 @@ from openmm_bg.artifact import Flow, topology_digest
 from openmm_bg.coordinates import MoleculeGraph, reduction_rmsd
 from openmm_bg.energy import make_context
 from openmm_bg.errors import InputError
+from openmm_bg.progress import progress_bar
 from openmm_bg.sampler import BoltzmannGeneratorSampler
 
 Frames = NDArray[np.float32]
@@ -184,9 +185,7 @@ def _reference_frame(flow: Flow) -> NDArray[np.float64]:
 
 @contextmanager
 def _bar(what: str, total: int, shown: bool) -> Iterator[Bar]:
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, desc=what, disable=not shown, leave=False) as bar:
+    with progress_bar(total=total, desc=what, shown=shown, leave=False) as bar:
         yield bar.update
 
 

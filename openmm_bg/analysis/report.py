@@ -32,6 +32,7 @@ from openmm_bg.analysis.residues import chi_torsions, ramachandran_torsions
 from openmm_bg.analysis.training_plots import loss_curve
 from openmm_bg.artifact import Flow
 from openmm_bg.errors import InputError
+from openmm_bg.progress import progress_bar
 
 __all__ = ["report_page"]
 
@@ -82,8 +83,6 @@ def report_page(
     ----------
     Kim et al., arXiv 2401.04246 (2024), Table 1 and Figures 3 and 4.
     """
-    from tqdm.auto import tqdm
-
     if evaluation.material is None:
         raise InputError("The evaluation has no frames: make the report from what evaluate() returned.")
     figures, material = evaluation.figures, evaluation.material
@@ -102,7 +101,7 @@ def report_page(
     ]
 
     def sections() -> Iterator[Section]:  # one at a time: what takes long is the drawing of each, by write_page
-        with tqdm(builders, desc="page", disable=not progress, leave=False) as bar:
+        with progress_bar(builders, desc="page", shown=progress, leave=False) as bar:
             for name, build in bar:
                 bar.set_postfix_str(name)
                 section = build()

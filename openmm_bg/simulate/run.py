@@ -24,6 +24,7 @@ from openmm_bg.energy.implicit_solvent import with_equal_solvent
 from openmm_bg.energy.tuning import check_choice
 from openmm_bg.errors import BGError, CheckpointError, InputError
 from openmm_bg.files import write_atomically
+from openmm_bg.progress import progress_bar
 from openmm_bg.simulate import engine as engines
 from openmm_bg.simulate import folder as folders
 from openmm_bg.simulate import parameters as parameter_files
@@ -345,17 +346,15 @@ def _work(
 @contextlib.contextmanager
 def _bar(total: float, shown: bool) -> Any:
     """A function that shows the state of a meter, in ps of all replicas together."""
-    from tqdm.auto import tqdm
-
     form = "{desc} {percentage:3.0f}% |{bar}| {n:.0f}/{total:.0f} ps [{elapsed}<{remaining}{postfix}]"
-    with tqdm(total=total, desc="MD", bar_format=form, disable=not shown) as bar:
+    with progress_bar(total=total, desc="MD", bar_format=form, shown=shown) as bar:
 
         def show(meter: _Meter) -> None:
-            bar.n = min(meter.ps, total)
             text = f"{meter.ns_per_day:.3g} ns/day"
             if np.isfinite(meter.energy):
                 text += f", {meter.energy:.0f} kJ/mol, {meter.temperature:.0f} K"
-            bar.set_postfix_str(text)
+            bar.set_postfix_str(text, refresh=False)
+            bar.update(min(meter.ps, total) - bar.n)
 
         yield show
 

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tqdm.auto import tqdm
-
+from openmm_bg.progress import progress_bar
 from openmm_bg.training.config import LOSS_NAMES, SURROGATES, Stage
 
 
@@ -39,8 +38,8 @@ def stage_bar(stage: Stage, shown: bool) -> Iterator[StageBar]:
     if not shown:
         yield StageBar(None, stage)
         return
-    with tqdm(
-        total=100.0, desc=stage.name, mininterval=0.5,
+    with progress_bar(
+        total=100.0, desc=stage.name, mininterval=0.5, shown=True,
         bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}",
     ) as bar:  # fmt: skip
         yield StageBar(bar, stage)

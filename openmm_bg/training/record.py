@@ -9,7 +9,8 @@ import time
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
+
+from openmm_bg.progress import progress_bar
 
 import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only then)
 
@@ -46,7 +47,7 @@ def training_record(
     log_w_completed: list[torch.Tensor] = []
     columns = free_columns(coordinates)
     shown = trainer.progress and trainer.ranks.is_main
-    bar = tqdm(total=RECORD_SAMPLES, desc="effective sample size", unit=" samples", leave=False, disable=not shown)
+    bar = progress_bar(total=RECORD_SAMPLES, desc="effective sample size", unit=" samples", leave=False, shown=shown)
     with bar, torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(trainer.config.seed + 1)
         begin = time.perf_counter()
