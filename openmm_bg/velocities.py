@@ -1,10 +1,12 @@
 """Velocities after an accepted move: carried over to the new positions (rule 5 of docs/theory.md).
 
 MD with a time step of finite length does not sample Maxwell's velocities exactly: on the step they are a little too
-slow along stiff directions (by 1 − ω²dt²/4 for a harmonic one under BAOAB or leapfrog), and between the steps, where
-most of OpenMM's integrators keep them, they are correlated with the forces. Velocities drawn anew at every accepted
-move therefore heat a molecule. Carried over they do not: positions and velocities are independent in the target, so
-that a new conformation may keep the velocities of the old one, as far as its constraints let it.
+slow along stiff directions (their mean square is 1 − ω²dt²/4 of what their positions ask for in a harmonic one, under
+BAOAB or leapfrog), and between the steps, where most of OpenMM's integrators keep them, they are correlated with the
+forces. Velocities drawn anew at every accepted move therefore heat a molecule. Carried over they keep their kinetic
+energy, but for what its constraints take; and it is as exact, for in the target velocities know nothing of positions
+beyond these constraints. What is slow then points along the stiff directions of the old positions: of a bond that moves
+turn anywhere, two thirds of the heat remain, and soft directions are colder by as much.
 """
 
 from __future__ import annotations
@@ -19,6 +21,12 @@ from openmm_bg.energy import thermal_energy
 import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only then)
 
 FloatArray = NDArray[np.float64]
+
+#: On-step kinetic energy, in its mean, that Maxwell's distribution does not reach: for three atoms once in e^400 draws.
+HOT = 100.0
+#: Their velocities are half a step behind as well, as positions and velocities that they sample show (they are
+#: correlated as those of a leapfrog are), but OpenMM gives them no offset.
+BEHIND = (openmm.NoseHooverIntegrator, openmm.VariableLangevinIntegrator, openmm.VariableVerletIntegrator)
 
 
 def carry_velocities(
@@ -35,8 +43,11 @@ def carry_velocities(
 
     What the old constraints had taken is drawn anew, so that the sum in brackets has Maxwell's distribution without
     constraints, whatever x_old was, and its projection the one with those of x_new. The centre's motion is taken out if
-    the System has a CMMotionRemover. A Context whose velocities are all zero, as they are before anyone sets them, gets
-    fresh ones.
+    the System has a CMMotionRemover. Fresh velocities stand in for those that are all zero, as they are before anyone
+    sets them, and for those whose v_on is not finite or `HOT`: velocities of another place, in a Context whose atoms
+    have been put on top of each other, would take M there along to where a move rescues it.
+
+    This costs two evaluations of the Context's forces if the integrator has an M.
 
     Parameters
     ----------
@@ -53,28 +64,50 @@ def carry_velocities(
     -------
     FloatArray
         The velocities [N, 3], nm/ps, that the Context now has.
+
+    Raises
+    ------
+    openmm.OpenMMException
+        Forces cannot be computed. The Context has its velocities, at the old positions.
     """
-    system = context.getSystem()
-    masses = [system.getParticleMass(i)._value for i in range(system.getNumParticles())]
-    velocities, kT = _velocities(context), thermal_energy(temperature)
+    system, kT = context.getSystem(), thermal_energy(temperature)
+    masses = _masses(system)
+    velocities = _velocities(context)
     # floats, for numpy is slow where it has just been driven out of the caches by a flow's pass
     spread = np.array([[math.sqrt(kT / mass) if mass > 0.0 else 0.0] for mass in masses])
     fresh = spread * rng.standard_normal(velocities.shape)
-    if velocities.any():
-        context.setPositions(old)
-        moving = velocities - _half_step(context)
+    moving = fresh
+    try:
+        if velocities.any():
+            context.setPositions(old)
+            on_step = velocities - _half_step(context)
+            if _is_maxwells(on_step, masses, kT):
+                moving = on_step
+                if system.getNumConstraints():
+                    moving += fresh - _allowed(context, fresh)
+        context.setPositions(new)
         if system.getNumConstraints():
-            moving += fresh - _allowed(context, fresh)
-    else:
-        moving = fresh
-    context.setPositions(new)
-    if system.getNumConstraints():
-        moving = _allowed(context, moving)
-    if any(isinstance(force, openmm.CMMotionRemover) for force in system.getForces()):
-        moving -= np.array(masses) @ moving / sum(masses)
-    velocities = moving + _half_step(context)
-    context.setVelocities(velocities)
-    return velocities
+            moving = _allowed(context, moving)
+        if any(isinstance(force, openmm.CMMotionRemover) for force in system.getForces()):
+            moving -= np.array(masses) @ moving / sum(masses) * (spread > 0.0)
+        carried = moving + _half_step(context)
+        context.setVelocities(carried)
+    except BaseException:
+        context.setPositions(old)
+        context.setVelocities(velocities)
+        raise
+    return carried
+
+
+def _masses(system: openmm.System) -> list[float]:
+    return [system.getParticleMass(i)._value for i in range(system.getNumParticles())]
+
+
+def _is_maxwells(velocities: FloatArray, masses: list[float], kT: float) -> bool:
+    """Whether velocities may be of Maxwell's distribution at all; False of NaN."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        energy = float((np.array(masses) @ velocities**2).sum())
+    return energy < HOT * kT * 3 * sum([mass > 0.0 for mass in masses])
 
 
 def _velocities(context: openmm.Context) -> FloatArray:
@@ -84,10 +117,19 @@ def _velocities(context: openmm.Context) -> FloatArray:
 def _half_step(context: openmm.Context) -> FloatArray:
     """From velocities on the step to those that the integrator keeps [N, 3], nm/ps: ∓ dt/2 f/m, projected, or zero.
 
-    OpenMM knows this offset of each integrator, and applies it to velocities that it draws: to those of 0 K as well.
+    OpenMM applies this offset to velocities that it draws, to those of 0 K as well. It gives none to the integrators in
+    `BEHIND`, nor to any CustomIntegrator, whose velocities count as those on the step.
     """
-    context.setVelocitiesToTemperature(0.0, 1)
-    return _velocities(context)
+    integrator = context.getIntegrator()
+    if isinstance(integrator, openmm.CompoundIntegrator):
+        integrator = integrator.getIntegrator(integrator.getCurrentIntegrator())
+    if not isinstance(integrator, BEHIND):
+        context.setVelocitiesToTemperature(0.0, 1)
+        return _velocities(context)
+    state = context.getState(forces=True, groups=integrator.getIntegrationForceGroups())
+    half = 0.5 * integrator.getStepSize()._value
+    weights = np.array([[half / mass if mass > 0.0 else 0.0] for mass in _masses(context.getSystem())])
+    return _allowed(context, -weights * state.getForces(asNumpy=True)._value)
 
 
 def _allowed(context: openmm.Context, velocities: FloatArray) -> FloatArray:

@@ -247,7 +247,8 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
             # The energies of all states are computed next, from what stands in the Context.
             self.simulation.context.setPositions(before)
         else:
-            self._take(index, state, outcome.positions)
+            with self._restored(index):
+                self.replicaConformation[index] = self._moved(index, state, outcome.positions)
         counts = self.flow_statistics[state]
         counts["n_proposed"] += outcome.info.n_proposed
         counts["n_accepted"] += outcome.info.n_accepted
@@ -302,23 +303,28 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
         # Strict, so that -inf is never accepted.
         if not -self._rng.standard_exponential() < proposal.log_ratio:
             return
+        moved = []
+        with self._restored(replicas[b]):
+            for state, x in ((a, proposal.positions_a), (b, proposal.positions_b)):
+                replica = replicas[state]
+                context.setState(self.replicaConformation[replica])
+                self._sampler.applyState(state)
+                conformation = self._moved(replica, state, x)
+                # The exchanges that follow need the energies of the new conformations.
+                known = None if self.replicaStateEnergy is None else self._sampler.computeAllEnergies()
+                moved.append((replica, conformation, known))
         counts["n_accepted"] += 1
-        for state, x in ((a, proposal.positions_a), (b, proposal.positions_b)):
-            replica = replicas[state]
-            context.setState(self.replicaConformation[replica])
-            self._sampler.applyState(state)
-            self._take(replica, state, x)
-            if self.replicaStateEnergy is not None:  # the exchanges that follow need those of the new conformations
-                self.replicaStateEnergy[replica] = self._sampler.computeAllEnergies()
+        for replica, conformation, energies in moved:  # both or neither
+            self.replicaConformation[replica] = conformation
+            if energies is not None:
+                self.replicaStateEnergy[replica] = energies
 
-    def _take(self, index: int, state: int, positions: np.ndarray) -> None:
-        """Give a replica these positions, and its velocities there; the Context holds the rest of it."""
+    def _moved(self, index: int, state: int, positions: np.ndarray) -> openmm.State:
+        """A replica at these positions, with its velocities there; the Context holds the rest of it."""
         context = self.simulation.context
         before = self.replicaConformation[index].getPositions(asNumpy=True)._value
         carry_velocities(context, before, positions, self._state_temperature(state), self._rng)
-        self.replicaConformation[index] = context.getState(
-            positions=True, velocities=True, parameters=True, integratorParameters=True
-        )
+        return context.getState(positions=True, velocities=True, parameters=True, integratorParameters=True)
 
     def _reduced_potential(self, state: int) -> Callable[[np.ndarray], float]:
         """u of a state at given positions and the Context's box."""

@@ -13,6 +13,7 @@ from openmm_bg.artifact import Flow
 from openmm_bg.energy import BOLTZMANN
 from openmm_bg.proposals import FlowProposals
 from openmm_bg.replica import FlowReplicaExchangeSampler
+from openmm_bg.replica import sampler as replica_sampler
 from openmm_bg.swaps import FlowBijection, FlowSwap
 
 import openmm  # isort: skip
@@ -171,6 +172,33 @@ def test_replicas_take_over_what_was_accepted(dipeptide, hot_flow, monkeypatch):
         error = BOLTZMANN * temperature * np.sqrt(dof / (2 * len(kinetic[replica])))
         assert abs(np.mean(kinetic[replica]) - 0.5 * dof * BOLTZMANN * temperature) < 5 * error
     assert sampler.swap_statistics[1, 0]["n_accepted"] >= 40
+
+
+def test_a_swap_that_fails_half_way_changes_nothing(dipeptide, monkeypatch):
+    """Accepted, and then the second replica's velocities cannot be had."""
+    sampler = build(dipeptide, swaps=[(1, 0)])
+    sampler.simulate(1)
+    before, energies = list(sampler.replicaConformation), copy.deepcopy(sampler.replicaStateEnergy)
+    counts = copy.deepcopy(sampler.swap_statistics)
+    propose, carry, calls = FlowSwap.propose, replica_sampler.carry_velocities, []
+
+    def certain(this, *arguments):
+        found = propose(this, *arguments)
+        return swaps.SwapProposal(found.positions_a, found.positions_b, np.inf, True)
+
+    def failing(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise openmm.OpenMMException("no forces")
+        return carry(*arguments)
+
+    monkeypatch.setattr(FlowSwap, "propose", certain)
+    monkeypatch.setattr(replica_sampler, "carry_velocities", failing)
+    with pytest.raises(openmm.OpenMMException, match="no forces"):
+        sampler.exchangeReplicas()
+    assert all(found is old for found, old in zip(sampler.replicaConformation, before, strict=True))
+    assert sampler.replicaStateEnergy == energies
+    assert sampler.swap_statistics[1, 0]["n_accepted"] == counts[1, 0]["n_accepted"]
 
 
 def test_a_swap_that_cannot_be_weighed_changes_nothing(dipeptide, monkeypatch):

@@ -28,11 +28,36 @@ def on_the_step(step):
     return integrator
 
 
+def langevin():
+    return openmm.LangevinMiddleIntegrator(KELVIN, 1.0, STEP)
+
+
+def nose_hoover():
+    return openmm.NoseHooverIntegrator(KELVIN, 1.0, STEP)
+
+
+def second_of_two():
+    integrator = openmm.CompoundIntegrator()
+    integrator.addIntegrator(on_the_step(STEP))
+    integrator.addIntegrator(nose_hoover())
+    integrator.setCurrentIntegrator(1)
+    return integrator
+
+
+def of_variable_step():
+    integrator = openmm.VariableVerletIntegrator(1e-3)
+    integrator.setStepSize(STEP)
+    return integrator
+
+
 #: An integrator, and how many steps its velocities are behind the positions.
 INTEGRATORS = [
-    (lambda: openmm.LangevinMiddleIntegrator(KELVIN, 1.0, STEP), 0.5),
+    (langevin, 0.5),
     (lambda: openmm.VerletIntegrator(STEP), 0.5),
     (lambda: on_the_step(STEP), 0.0),
+    (nose_hoover, 0.5),
+    (of_variable_step, 0.5),
+    (second_of_two, 0.5),
 ]
 
 
@@ -138,7 +163,7 @@ def test_a_deliberate_error_is_seen(monkeypatch):
     assert deviation(make_integrator, steps, Deaf(np.random.PCG64(1))) > 10.0
 
 
-def oscillators(n, step):
+def oscillators(n, step, integrator):
     """Particles in isotropic harmonic wells with ω dt = 1, in a Context."""
     system = openmm.System()
     well = openmm.CustomExternalForce("0.5*k*(x^2 + y^2 + z^2)")
@@ -147,18 +172,19 @@ def oscillators(n, step):
         system.addParticle(12.0)
         well.addParticle(particle)
     system.addForce(well)
-    integrator = openmm.LangevinMiddleIntegrator(KELVIN, 1.0, step)
-    integrator.setRandomNumberSeed(3)
     return openmm.Context(system, integrator, REFERENCE), 12.0 / step**2
 
 
-def energy_after_md(settle, n=400, rounds=60):
+def energy_after_md(settle, make_integrator, n=400, rounds=60):
     """Mean energy of a degree of freedom, in kT/2, after MD from exact positions, and its standard error.
 
-    LangevinMiddleIntegrator samples harmonic positions exactly at any time step, so that MD which starts from exact
-    positions with the velocities of the stationary state ends with 1.
+    These integrators sample harmonic positions exactly at any time step, so that MD which starts from exact positions
+    with the velocities of the stationary state ends with 1.
     """
-    context, k = oscillators(n, STEP)
+    integrator = make_integrator()
+    if hasattr(integrator, "setRandomNumberSeed"):
+        integrator.setRandomNumberSeed(3)
+    context, k = oscillators(n, STEP, integrator)
     rng = np.random.default_rng(5)
     x = rng.standard_normal((n, 3)) * np.sqrt(kT / k)
     context.setPositions(x)
@@ -176,16 +202,67 @@ def energy_after_md(settle, n=400, rounds=60):
 
 
 @pytest.mark.statistical
-def test_moves_do_not_heat_md_whose_time_step_is_long():
-    mean, error = energy_after_md(carry_velocities)
+@pytest.mark.parametrize("make_integrator", [langevin, nose_hoover])
+def test_moves_do_not_heat_md_whose_time_step_is_long(make_integrator):
+    mean, error = energy_after_md(carry_velocities, make_integrator)
     assert abs(mean - 1.0) < 5 * error
 
     def draw_anew(context, old, new, temperature, rng):
         context.setPositions(new)
         context.setVelocitiesToTemperature(temperature, int(rng.integers(1, 2**31 - 1)))
 
-    mean, error = energy_after_md(draw_anew)
+    mean, error = energy_after_md(draw_anew, make_integrator)
     assert mean - 1.0 > 10 * error
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+@pytest.mark.parametrize("make_integrator", [langevin, nose_hoover])
+def test_a_context_whose_forces_fail_is_left_as_it_was(make_integrator, fails_at):
+    calls = []
+
+    def energy_and_forces(state):
+        calls.append(1)
+        if len(calls) == fails_at:
+            raise RuntimeError("no forces")
+        return 0.0, np.zeros((4, 3))
+
+    system = bent_molecule()
+    system.addForce(openmm.PythonForce(energy_and_forces))
+    context = openmm.Context(system, make_integrator(), REFERENCE)
+    before = np.random.default_rng(1).standard_normal((4, 3))
+    context.setPositions(OLD)
+    context.setVelocities(before)
+    with pytest.raises(openmm.OpenMMException, match="no forces"):
+        carry_velocities(context, OLD, NEW, KELVIN, np.random.default_rng(2))
+    state = context.getState(positions=True, velocities=True)
+    np.testing.assert_array_equal(state.getPositions(asNumpy=True)._value, OLD)
+    np.testing.assert_array_equal(state.getVelocities(asNumpy=True)._value, before)
+
+
+@pytest.mark.parametrize("distance", [0.0, 0.01, 0.1])
+def test_a_move_rescues_atoms_on_top_of_each_other(distance):
+    """Velocities of another place, with the forces of this one: not finite, or fit to blow up what the move made."""
+    system = openmm.System()
+    force = openmm.NonbondedForce()
+    for _ in range(3):
+        system.addParticle(12.0)
+        force.addParticle(0.0, 0.3, 1.0)
+    system.addForce(force)
+    context = openmm.Context(system, langevin(), REFERENCE)
+    new = np.array([[0.0, 0.0, 0.0], [0.35, 0.0, 0.0], [0.0, 0.35, 0.0]])
+    old = new * np.array([[1.0], [1.0], [distance / 0.35]])
+    context.setPositions(new)
+    context.setVelocitiesToTemperature(KELVIN, 8)
+    v = carry_velocities(context, old, new, KELVIN, np.random.default_rng(3))
+    assert 0.0 < np.abs(v).max() < 10 * np.sqrt(kT / 12.0)
+
+
+def test_velocities_that_are_not_finite_are_drawn():
+    context = openmm.Context(bent_molecule(), langevin(), REFERENCE)
+    context.setPositions(OLD)
+    context.setVelocities(np.full((4, 3), np.nan))
+    v = carry_velocities(context, OLD, NEW, KELVIN, np.random.default_rng(3))
+    assert np.isfinite(v).all() and v.any()
 
 
 def test_velocities_that_were_never_set_are_drawn():
@@ -203,9 +280,10 @@ def test_velocities_that_were_never_set_are_drawn():
     assert abs(np.mean(kinetic) - freedom / 2 * kT) < 5 * error
 
 
-def test_particles_that_stand_still_keep_their_velocities():
+@pytest.mark.parametrize("remover", [False, True])
+def test_particles_that_stand_still_keep_their_velocities(remover):
     """Constrained water beside an atom that moves; a massless site has none."""
-    system = bent_molecule()
+    system = bent_molecule(remover)
     system.addParticle(0.0)
     system.setVirtualSite(4, openmm.ThreeParticleAverageSite(0, 1, 2, 0.6, 0.2, 0.2))
     system.addParticle(20.0)
@@ -217,6 +295,9 @@ def test_particles_that_stand_still_keep_their_velocities():
     context.setPositions(old)
     context.setVelocitiesToTemperature(KELVIN, 4)
     before = context.getState(velocities=True).getVelocities(asNumpy=True)._value
+    if remover:
+        masses = np.array([*MASSES[:, 0], 0.0, 20.0])
+        before = before - masses @ before / masses.sum() * (masses > 0.0)[:, None]
     after = carry_velocities(context, old, new, KELVIN, np.random.default_rng(6))
     # OpenMM takes forbidden velocities off drawn ones to 1e-5 of them.
     np.testing.assert_allclose(after, before, rtol=0.0, atol=1e-5 * np.abs(before).max())
