@@ -483,7 +483,7 @@ def _verdict(holds: bool) -> str:
 
 @style.styled
 def picture(found: dict[str, dict[str, Any]]) -> Any:
-    """ΔD as bars; energy above MD's and held-out NLL, which have no natural zero, as points."""
+    """ΔD, energy above MD's and held-out NLL, a point for each configuration."""
     figure = style.new_figure(1.3 + 0.42 * len(found))
     left, middle, right = figure.subplots(1, 3, sharey=True)
     names = list(found)[::-1]
@@ -491,7 +491,6 @@ def picture(found: dict[str, dict[str, Any]]) -> Any:
     colours = [style.GREY if name.startswith("nsf") else style.BLUE for name in names]
     rows = [found[name]["figures"] for name in names]
     first = rows[0]
-    left.barh(labels, [f["delta_d"]["generated"] for f in rows], color=colours)
     for value, text, colour in (
         (first["delta_d"]["data"], "data against data", style.BLACK),
         (first["delta_d_training"]["generated"], "training against held-out", style.ORANGE),
@@ -500,14 +499,22 @@ def picture(found: dict[str, dict[str, Any]]) -> Any:
     left.set_xlabel("ΔD (Å)")
     left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=9)
     base = first["energies"]["data"]["median"]
-    excess = [max(f["energies"]["generated"]["median"] - base, 1.0) for f in rows]
+    excess = [f["energies"]["generated"]["median"] - base for f in rows]
     nll, error = ([f["nll"][key] for f in rows] for key in ("per_dof", "per_dof_error"))
     for row, (label, colour) in enumerate(zip(labels, colours, strict=True)):
-        middle.plot(excess[row], label, "o", color=colour, markersize=8)
+        left.plot(rows[row]["delta_d"]["generated"], label, "o", color=colour, markersize=8)
+        if excess[row] > 1.0:
+            middle.plot(excess[row], label, "o", color=colour, markersize=8)
+        else:
+            middle.plot(1.0, label, "<", color=colour, markersize=8)
+            middle.annotate("at or below MD's", (1.0, label), (8, -3), textcoords="offset points", fontsize=9)
         right.errorbar(nll[row], label, xerr=error[row], fmt="o", color=colour, markersize=8, capsize=3)
+    left.set_xscale("log")
+    left.xaxis.set_major_formatter("{x:g}")
     middle.set_xscale("log")
     middle.set_xlabel("median energy\nabove MD's (kcal/mol)")
     right.set_xlabel("held-out NLL\n(nats per coordinate)")
+    left.set_ylim(-0.5, len(rows) - 0.5)
     for axes in (left, middle, right):
         axes.grid(axis="x")
     return figure
