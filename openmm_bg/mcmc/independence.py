@@ -18,7 +18,8 @@ class BoltzmannGeneratorMove(FlowMove):
     Keeps what the flow does not model; put it beside a move that changes everything, such as MD:
     ``SequenceMove([LangevinDynamicsMove(...), BoltzmannGeneratorMove("adp.bg", n_proposals=8)])``. Temperature,
     pressure, restraints and alchemical parameters are those of the state. Velocities are carried over to accepted
-    positions (`openmm_bg.velocities`; without any, they are drawn); without an acceptance the sampler state is not
+    positions (`openmm_bg.velocities`; without any, they are drawn), as velocities of the integrator in the Context
+    that the cache gives, which is that of the dynamics move before. Without an acceptance the sampler state is not
     touched.
 
     Among other molecules the flow's stands where it stood (seed atom 0, the direction to atom 1 and the half-plane of
