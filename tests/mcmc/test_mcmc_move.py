@@ -183,6 +183,26 @@ def test_velocities_have_the_states_temperature(dipeptide, artifact, contexts):
     assert abs(np.mean(kinetic) - 0.5 * dof * BOLTZMANN * 400.0) < 5 * error
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_velocities_are_the_states_not_those_left_in_a_cached_context(dipeptide, artifact, contexts, monkeypatch, own):
+    np.random.seed(3)
+    move, state = BoltzmannGeneratorMove(artifact, n_steps=20, n_proposals=8), thermodynamic(dipeptide, 300.0)
+    context, _ = contexts.get_context(state)
+    context.setVelocities(np.full((22, 3), 7.0))
+    seen, carry = [], base.carry_velocities
+
+    def spy(context, *arguments):
+        seen.append(np.array(context.getState(velocities=True).getVelocities(asNumpy=True)._value))
+        return carry(context, *arguments)
+
+    monkeypatch.setattr(base, "carry_velocities", spy)
+    replica = at(dipeptide.positions, velocities=random_velocities(dipeptide) if own else None)
+    before = snapshot(replica)[1]
+    move.apply(state, replica, context_cache=contexts)
+    assert len(seen) == 1
+    np.testing.assert_array_equal(seen[0], before if own else 0.0)
+
+
 def test_a_state_outside_the_support_stays(dipeptide, artifact, contexts):
     """The mirror image has q = 0: no move may leave it, for none could come back."""
     move = BoltzmannGeneratorMove(artifact, n_steps=5, n_proposals=4)
