@@ -21,7 +21,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from openmm_bg.coordinates import CoordinateMap
@@ -292,6 +294,11 @@ class Flow:
         if self._topology is None:
             self._topology = topology_from_dict(self.metadata["topology"])
         return self._topology
+
+    @property
+    def bonds(self) -> NDArray[np.int64]:
+        """The molecule's bonds [K, 2], the lower atom first."""
+        return np.array(self.metadata["topology"]["bonds"], dtype=np.int64).reshape(-1, 2)
 
     @property
     def system(self) -> Any:

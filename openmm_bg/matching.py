@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -110,14 +109,9 @@ def _match_bonds(flow: Flow, system: openmm.System, constrained: Any) -> None:
                 bonded.add((min(i, j), max(i, j)))
     if not seen:
         return
-    missing = [tuple(b) for b in _iterate_bonds(flow) if tuple(b) not in bonded]
+    missing = [(i, j) for i, j in flow.bonds.tolist() if (i, j) not in bonded]
     if missing:
         raise InputError(
             f"The System has no bond between atoms {missing[0]}, the flow's molecule has: "
             "it is another molecule or another atom order."
         )
-
-
-def _iterate_bonds(flow: Flow) -> Iterator[tuple[int, int]]:
-    for a, b in flow.topology.bonds():
-        yield (min(a.index, b.index), max(a.index, b.index))

@@ -85,6 +85,11 @@ class FlowProposals:
         """The molecule's particles in the System, in the order of the flow's atoms."""
         return list(range(self.coordinates.n_atoms)) if self.atoms is None else self.atoms.tolist()
 
+    @property
+    def bonds(self) -> NDArray[np.int64]:
+        """The molecule's bonds [K, 2], in the System's particles."""
+        return np.array(self.particles)[self.flow.bonds]
+
     def fits(self, system: openmm.System) -> bool:
         """Whether the match still holds: False once the System has other particles, masses or constraints.
 

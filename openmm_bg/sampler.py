@@ -391,7 +391,7 @@ class BoltzmannGeneratorSampler:
         """Give the Context the positions [N, 3] that were accepted, with its velocities; None leaves it untouched."""
         if positions is not None:
             old, new = standing.positions.numpy(), positions.numpy()
-            carry_velocities(self.context, old, new, self.temperature, self._rng)
+            carry_velocities(self.context, old, new, self.temperature, self._rng, self.flow.bonds)
         return {
             "n_proposed": info.n_proposed,
             "n_accepted": info.n_accepted,

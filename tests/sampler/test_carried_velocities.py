@@ -16,7 +16,9 @@ REFERENCE = openmm.Platform.getPlatformByName("Reference")
 KELVIN, STEP = 300.0, 0.004
 kT = BOLTZMANN * KELVIN
 MASSES = np.array([[16.0], [1.0], [1.5], [12.0]])
-BONDS = ((0, 1), (0, 2))
+CONSTRAINTS = ((0, 1), (0, 2))
+BONDS = np.array([*CONSTRAINTS, (0, 3)])
+NO_BONDS = np.empty((0, 2), dtype=np.int64)
 
 
 def on_the_step(step):
@@ -66,8 +68,8 @@ def bent_molecule(remover=False):
     system = openmm.System()
     for mass in MASSES[:, 0]:
         system.addParticle(mass)
-    for bond in BONDS:
-        system.addConstraint(*bond, 0.1)
+    for pair in CONSTRAINTS:
+        system.addConstraint(*pair, 0.1)
     bonds = openmm.HarmonicBondForce()
     bonds.addBond(0, 3, 0.15, 3e5)
     bonds.addBond(1, 2, 0.15, 2e4)
@@ -96,10 +98,10 @@ OLD, NEW = conformation(1.7, 0.14, 0.2), conformation(1.2, 0.12, 1.9)
 
 def projection(x):
     """[12, 12], acting on velocities: without what changes a constrained distance, in the metric of the masses."""
-    jacobian = np.zeros((len(BONDS), 4, 3))
-    for k, (i, j) in enumerate(BONDS):
+    jacobian = np.zeros((len(CONSTRAINTS), 4, 3))
+    for k, (i, j) in enumerate(CONSTRAINTS):
         jacobian[k, i], jacobian[k, j] = x[i] - x[j], x[j] - x[i]
-    jacobian = jacobian.reshape(len(BONDS), 12)
+    jacobian = jacobian.reshape(len(CONSTRAINTS), 12)
     scaled = jacobian / np.repeat(MASSES[:, 0], 3)
     return np.eye(12) - scaled.T @ np.linalg.solve(scaled @ jacobian.T, jacobian)
 
@@ -112,23 +114,30 @@ def behind(x, steps):
     return -steps * STEP * projection(x) @ (forces / MASSES).ravel()
 
 
-def deviation(make_integrator, steps, rng, n=2500):
+def without_drift():
+    """[12, 12], acting on velocities: without the centre's motion, orthogonal in the metric of the masses."""
+    drift = np.tile(np.eye(3), (4, 1))
+    return np.eye(12) - drift @ (drift * np.repeat(MASSES, 3, axis=0)).T / MASSES.sum()
+
+
+def deviation(make_integrator, steps, rng, n=2500, bonds=BONDS, remover=False):
     """Largest deviation of the covariance of carried velocities [12, 12] from Maxwell's, in standard errors.
 
     Velocities come from Maxwell's distribution on the step at OLD, and are looked at on the step at NEW.
     """
     integrator = make_integrator()
     integrator.setConstraintTolerance(1e-10)
-    context = openmm.Context(bent_molecule(), integrator, REFERENCE)
-    allowed, spread, shift = projection(OLD), np.sqrt(kT / MASSES), behind(OLD, steps)
+    context = openmm.Context(bent_molecule(remover), integrator, REFERENCE)
+    centred = without_drift() if remover else np.eye(12)
+    allowed, spread, shift = projection(OLD) @ centred, np.sqrt(kT / MASSES), behind(OLD, steps)
     found = np.empty((n, 12))
     for row in found:
         v = allowed @ (spread * rng.standard_normal((4, 3))).ravel() + shift
         context.setPositions(OLD)
         context.setVelocities(v.reshape(4, 3))
-        row[:] = carry_velocities(context, OLD, NEW, KELVIN, rng).ravel()
+        row[:] = carry_velocities(context, OLD, NEW, KELVIN, rng, bonds).ravel()
     found -= behind(NEW, steps)
-    expected = projection(NEW) @ np.diag(kT / np.repeat(MASSES[:, 0], 3))
+    expected = projection(NEW) @ centred @ np.diag(kT / np.repeat(MASSES[:, 0], 3))
     # Var of an element of a covariance that is estimated from n normal vectors of known mean (Isserlis).
     error = np.sqrt((expected**2 + np.outer(expected.diagonal(), expected.diagonal())) / n)
     means = np.abs(found.mean(0)) / np.sqrt(expected.diagonal() / n)
@@ -143,6 +152,13 @@ def test_carried_velocities_have_maxwells_distribution_on_the_new_constraints(ma
 
 
 @pytest.mark.statistical
+@pytest.mark.parametrize("remover", [False, True])
+@pytest.mark.parametrize("bonds", [NO_BONDS, BONDS[:2], BONDS[2:], BONDS])
+def test_they_have_it_however_each_atom_turns(bonds, remover):
+    assert deviation(*INTEGRATORS[0], np.random.default_rng(1), bonds=bonds, remover=remover) < 5.0
+
+
+@pytest.mark.statistical
 def test_a_deliberate_error_is_seen(monkeypatch):
     make_integrator, steps = INTEGRATORS[0]
     half_step = openmm_bg.velocities._half_step
@@ -152,6 +168,12 @@ def test_a_deliberate_error_is_seen(monkeypatch):
     with monkeypatch.context() as patch:  # constraints that leave everything alone: nothing is drawn, nothing taken
         patch.setattr(openmm_bg.velocities, "_allowed", lambda context, v: v)
         assert deviation(make_integrator, steps, np.random.default_rng(1)) > 10.0
+    with monkeypatch.context() as patch:  # what turns velocities is no rotation
+        patch.setattr(np.linalg, "det", lambda matrices: np.full(len(matrices), 0.8))
+        assert deviation(make_integrator, steps, np.random.default_rng(1)) > 10.0
+    with monkeypatch.context() as patch:  # the centre's motion is taken out before atoms turn, and drawn by none
+        patch.setattr(openmm_bg.velocities, "_drift", lambda velocities, masses: 0.0 * velocities)
+        assert deviation(make_integrator, steps, np.random.default_rng(1), bonds=BONDS[2:], remover=True) > 10.0
 
     class Deaf(np.random.Generator):
         """ξ is zero, the velocities of the test are not."""
@@ -160,7 +182,8 @@ def test_a_deliberate_error_is_seen(monkeypatch):
             inside = inspect.currentframe().f_back.f_code.co_name == "carry_velocities"
             return np.zeros(size) if inside else super().standard_normal(size)
 
-    assert deviation(make_integrator, steps, Deaf(np.random.PCG64(1))) > 10.0
+    # Bonds that turn with their atoms hide it: next to nothing of ξ is left.
+    assert deviation(make_integrator, steps, Deaf(np.random.PCG64(1)), bonds=NO_BONDS) > 10.0
 
 
 def oscillators(n, step, integrator):
@@ -193,7 +216,7 @@ def energy_after_md(settle, make_integrator, n=400, rounds=60):
     found = []
     for _ in range(rounds):
         x = context.getState(positions=True).getPositions(asNumpy=True)._value
-        settle(context, x, rng.standard_normal((n, 3)) * np.sqrt(kT / k), KELVIN, rng)
+        settle(context, x, rng.standard_normal((n, 3)) * np.sqrt(kT / k), KELVIN, rng, NO_BONDS)
         context.getIntegrator().step(2)
         found.append(context.getState(energy=True).getPotentialEnergy()._value / (1.5 * n * kT))
     # Positions are drawn anew in each round, but velocities live for a picosecond: blocks, not rounds.
@@ -207,12 +230,86 @@ def test_moves_do_not_heat_md_whose_time_step_is_long(make_integrator):
     mean, error = energy_after_md(carry_velocities, make_integrator)
     assert abs(mean - 1.0) < 5 * error
 
-    def draw_anew(context, old, new, temperature, rng):
+    def draw_anew(context, old, new, temperature, rng, bonds):
         context.setPositions(new)
         context.setVelocitiesToTemperature(temperature, int(rng.integers(1, 2**31 - 1)))
 
     mean, error = energy_after_md(draw_anew, make_integrator)
     assert mean - 1.0 > 10 * error
+
+
+def test_velocities_turn_with_the_molecule():
+    """A rotation of everything turns all velocities with it; what stretches a bond goes on stretching it."""
+    rng = np.random.default_rng(4)
+    rotation = np.linalg.qr(rng.standard_normal((3, 3)))[0]
+    rotation *= np.linalg.det(rotation)
+    v = rng.standard_normal((4, 3))
+    turned = openmm_bg.velocities._turned(v, OLD, OLD @ rotation.T, BONDS)
+    np.testing.assert_allclose(turned, v @ rotation.T, atol=1e-8)
+    one = BONDS[2:]
+    turned = openmm_bg.velocities._turned(v, OLD, NEW, one)
+    np.testing.assert_array_equal(turned[1:3], v[1:3])  # atoms without bonds
+    along = [(x[0] - x[3]) / np.linalg.norm(x[0] - x[3]) for x in (OLD, NEW)]
+    for atom in (0, 3):
+        np.testing.assert_allclose(turned[atom] @ along[1], v[atom] @ along[0], atol=1e-8)
+    np.testing.assert_allclose(openmm_bg.velocities._turned(v, NEW, NEW, BONDS), v, atol=1e-8)
+    np.testing.assert_array_equal(openmm_bg.velocities._turned(v, OLD, NEW, NO_BONDS), v)
+
+
+def energies_of_pairs_after_md(bonded, n=1500, rounds=40):
+    """Mean energy of a stiff bond and of motion across it, in kT/2, after moves that give bonds any direction.
+
+    With the standard errors. ω dt = 1 along the bond, as in `energy_after_md`; nothing holds a pair across it.
+    """
+    system = openmm.System()
+    k, length, reduced_mass = 6.0 / STEP**2, 0.2, 6.0
+    springs = openmm.HarmonicBondForce()
+    pairs = np.arange(2 * n).reshape(n, 2)
+    for pair in pairs.tolist():
+        system.addParticle(12.0)
+        system.addParticle(12.0)
+        springs.addBond(*pair, length, k)
+    system.addForce(springs)
+    integrator = langevin()
+    integrator.setRandomNumberSeed(3)
+    context = openmm.Context(system, integrator, REFERENCE)
+    rng = np.random.default_rng(5)
+
+    def exact():
+        """[2n, 3] of any direction; the r² of the density of lengths by rejection."""
+        lengths = np.empty(0)
+        while len(lengths) < n:
+            tried = length + np.sqrt(kT / k) * rng.standard_normal(n)
+            lengths = np.concatenate([lengths, tried[rng.random(n) < (tried / (2 * length)) ** 2]])
+        axes = rng.standard_normal((n, 3))
+        ends = lengths[:n, None] * axes / np.linalg.norm(axes, axis=1)[:, None]
+        return np.stack([np.zeros((n, 3)), ends], axis=1).reshape(2 * n, 3)
+
+    context.setPositions(exact())
+    context.setVelocitiesToTemperature(KELVIN, 7)
+    integrator.step(1000)
+    along = []
+    for _ in range(rounds):
+        x = context.getState(positions=True).getPositions(asNumpy=True)._value
+        carry_velocities(context, x, exact(), KELVIN, rng, pairs if bonded else NO_BONDS)
+        integrator.step(2)
+        state = context.getState(energy=True, positions=True, velocities=True)
+        along.append(state.getPotentialEnergy()._value / (0.5 * n * kT))
+        x, v = state.getPositions(asNumpy=True)._value, state.getVelocities(asNumpy=True)._value
+        axis, rate = x[1::2] - x[::2], v[1::2] - v[::2]
+        axis /= np.linalg.norm(axis, axis=1)[:, None]
+        rate -= (axis * rate).sum(1)[:, None] * axis
+        across = reduced_mass * (rate**2).sum() / (2 * n * kT)
+    # Positions are drawn anew in each round; velocities live for a picosecond, three times as long as all rounds.
+    return (np.mean(along), np.sqrt(2 / (n * rounds))), (across, np.sqrt(2 / (2 * n)))
+
+
+@pytest.mark.statistical
+def test_stiff_and_soft_directions_do_not_mix_where_bonds_turn_anywhere():
+    for mean, error in energies_of_pairs_after_md(bonded=True):
+        assert abs(mean - 1.0) < 5 * error
+    mean, error = energies_of_pairs_after_md(bonded=False)[1]
+    assert mean - 1.0 < -5 * error
 
 
 @pytest.mark.parametrize("fails_at", [1, 2])
@@ -233,7 +330,7 @@ def test_a_context_whose_forces_fail_is_left_as_it_was(make_integrator, fails_at
     context.setPositions(OLD)
     context.setVelocities(before)
     with pytest.raises(openmm.OpenMMException, match="no forces"):
-        carry_velocities(context, OLD, NEW, KELVIN, np.random.default_rng(2))
+        carry_velocities(context, OLD, NEW, KELVIN, np.random.default_rng(2), BONDS)
     state = context.getState(positions=True, velocities=True)
     np.testing.assert_array_equal(state.getPositions(asNumpy=True)._value, OLD)
     np.testing.assert_array_equal(state.getVelocities(asNumpy=True)._value, before)
@@ -253,7 +350,7 @@ def test_a_move_rescues_atoms_on_top_of_each_other(distance):
     old = new * np.array([[1.0], [1.0], [distance / 0.35]])
     context.setPositions(new)
     context.setVelocitiesToTemperature(KELVIN, 8)
-    v = carry_velocities(context, old, new, KELVIN, np.random.default_rng(3))
+    v = carry_velocities(context, old, new, KELVIN, np.random.default_rng(3), NO_BONDS)
     assert 0.0 < np.abs(v).max() < 10 * np.sqrt(kT / 12.0)
 
 
@@ -261,7 +358,7 @@ def test_velocities_that_are_not_finite_are_drawn():
     context = openmm.Context(bent_molecule(), langevin(), REFERENCE)
     context.setPositions(OLD)
     context.setVelocities(np.full((4, 3), np.nan))
-    v = carry_velocities(context, OLD, NEW, KELVIN, np.random.default_rng(3))
+    v = carry_velocities(context, OLD, NEW, KELVIN, np.random.default_rng(3), BONDS)
     assert np.isfinite(v).all() and v.any()
 
 
@@ -270,7 +367,7 @@ def test_velocities_that_were_never_set_are_drawn():
     rng, kinetic, shift = np.random.default_rng(2), [], behind(NEW, 0.5).reshape(4, 3)
     for _ in range(400):
         context.setVelocities(np.zeros((4, 3)))
-        v = carry_velocities(context, OLD, NEW, KELVIN, rng)
+        v = carry_velocities(context, OLD, NEW, KELVIN, rng, BONDS)
         np.testing.assert_array_equal(v, context.getState(velocities=True).getVelocities(asNumpy=True)._value)
         np.testing.assert_array_equal(NEW, context.getState(positions=True).getPositions(asNumpy=True)._value)
         np.testing.assert_allclose((MASSES * v).sum(0), 0.0, atol=1e-12)
@@ -298,7 +395,7 @@ def test_particles_that_stand_still_keep_their_velocities(remover):
     if remover:
         masses = np.array([*MASSES[:, 0], 0.0, 20.0])
         before = before - masses @ before / masses.sum() * (masses > 0.0)[:, None]
-    after = carry_velocities(context, old, new, KELVIN, np.random.default_rng(6))
+    after = carry_velocities(context, old, new, KELVIN, np.random.default_rng(6), BONDS)
     # OpenMM takes forbidden velocities off drawn ones to 1e-5 of them.
     np.testing.assert_allclose(after, before, rtol=0.0, atol=1e-5 * np.abs(before).max())
     assert not after[4].any() and after[5].any()
