@@ -26,6 +26,7 @@ from openmm_bg.latent_space import CHUNK, LatentSpace
 from openmm_bg.matching import match_system, require_count
 from openmm_bg.rules import annealing, metropolis
 from openmm_bg.surroundings import Signature, check_atoms, molecule_alone
+from openmm_bg.velocities import local_frames
 
 logger = logging.getLogger(__name__)
 
@@ -79,16 +80,13 @@ class FlowProposals:
         # Lengths that the System frees are kept by every step and moved by the MD in between.
         self.coordinates, _ = match_system(flow, own)
         self._signature = Signature(system, self.particles)
+        #: Of the molecule's bonds, for `openmm_bg.velocities.carry_velocities`.
+        self.frames = local_frames(np.array(self.particles)[flow.bonds])
 
     @property
     def particles(self) -> list[int]:
         """The molecule's particles in the System, in the order of the flow's atoms."""
         return list(range(self.coordinates.n_atoms)) if self.atoms is None else self.atoms.tolist()
-
-    @property
-    def bonds(self) -> NDArray[np.int64]:
-        """The molecule's bonds [K, 2], in the System's particles."""
-        return np.array(self.particles)[self.flow.bonds]
 
     def fits(self, system: openmm.System) -> bool:
         """Whether the match still holds: False once the System has other particles, masses or constraints.

@@ -27,7 +27,7 @@ from openmm_bg.latent_space import CHUNK, FEW, LatentSpace
 from openmm_bg.matching import context_positions, match_system, require_count, target_temperature, usable_device
 from openmm_bg.rules import metropolis
 from openmm_bg.standing import Report, Standing, counts, place, seed_frame
-from openmm_bg.velocities import carry_velocities
+from openmm_bg.velocities import carry_velocities, local_frames
 
 __all__ = ["CHUNK", "FEW", "BoltzmannGeneratorSampler"]
 
@@ -108,6 +108,7 @@ class BoltzmannGeneratorSampler:
         if self.flow.completion is not None:
             self.flow.completion.to(self.device)
         self.space = LatentSpace(self.flow, self.device)
+        self._frames = local_frames(self.flow.bonds)
         self._system = context.getSystem()
         self._match()
         self._rng = np.random.default_rng(seed)
@@ -391,7 +392,7 @@ class BoltzmannGeneratorSampler:
         """Give the Context the positions [N, 3] that were accepted, with its velocities; None leaves it untouched."""
         if positions is not None:
             old, new = standing.positions.numpy(), positions.numpy()
-            carry_velocities(self.context, old, new, self.temperature, self._rng, self.flow.bonds)
+            carry_velocities(self.context, old, new, self.temperature, self._rng, self._frames)
         return {
             "n_proposed": info.n_proposed,
             "n_accepted": info.n_accepted,

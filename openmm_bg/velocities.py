@@ -4,8 +4,9 @@ MD with a time step of finite length does not sample Maxwell's velocities exactl
 slow along stiff directions (their mean square is 1 − ω²dt²/4 of what their positions ask for in a harmonic one, under
 BAOAB or leapfrog), and between the steps, where most of OpenMM's integrators keep them, they are correlated with the
 forces. Velocities drawn anew at every accepted move therefore heat a molecule. Carried over they stay as slow as they
-were, along the same bonds: each atom's velocity turns with the bonds around it. That is as exact, for in the target
-velocities know nothing of positions beyond the constraints, and without these have no direction.
+were, along the same bonds: each atom's velocity turns with a frame of its own, made of the bonds around it. That is as
+exact, for in the target velocities know nothing of positions beyond the constraints, and without these have no
+direction.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from openmm_bg.energy import thermal_energy
 
@@ -23,9 +24,36 @@ FloatArray = NDArray[np.float64]
 
 #: On-step kinetic energy, in its mean, that Maxwell's distribution does not reach: for three atoms once in e^400 draws.
 HOT = 100.0
+#: Atoms nearer than this to each other, or a third to their line, make no frame; nm.
+FLAT = 1e-6
 #: Their velocities are half a step behind as well, as positions and velocities that they sample show (they are
 #: correlated as those of a leapfrog are), but OpenMM gives them no offset.
 BEHIND = (openmm.NoseHooverIntegrator, openmm.VariableLangevinIntegrator, openmm.VariableVerletIntegrator)
+
+
+def local_frames(bonds: ArrayLike) -> NDArray[np.int64]:
+    """For each atom with a frame: itself, one that it is bonded to, and one that is bonded to either of them.
+
+    Parameters
+    ----------
+    bonds
+        [K, 2], particles.
+
+    Returns
+    -------
+    NDArray
+        [3, A].
+    """
+    neighbours: dict[int, list[int]] = {}
+    for i, j in np.asarray(bonds).tolist():
+        neighbours.setdefault(i, []).append(j)
+        neighbours.setdefault(j, []).append(i)
+    found = []
+    for atom, (bonded, *others) in sorted(neighbours.items()):
+        others += [k for k in neighbours[bonded] if k != atom]
+        if others:
+            found.append((atom, bonded, others[0]))
+    return np.array(found, dtype=np.int64).reshape(-1, 3).T
 
 
 def carry_velocities(
@@ -34,7 +62,7 @@ def carry_velocities(
     new: FloatArray,
     temperature: float,
     rng: np.random.Generator,
-    bonds: NDArray[np.int64],
+    frames: NDArray[np.int64],
 ) -> FloatArray:
     """Give a Context new positions, and the velocities that it has at old ones.
 
@@ -65,8 +93,8 @@ def carry_velocities(
         K.
     rng
         Of ξ.
-    bonds
-        [K, 2], particles; R turns the bonds around an atom into their new directions, and leaves atoms without any.
+    frames
+        [3, K] from `local_frames`: what R turns; it leaves all other particles.
 
     Returns
     -------
@@ -96,7 +124,7 @@ def carry_velocities(
                     moving += fresh - _allowed(context, fresh)
                 if removes_drift:
                     moving += _drift(fresh, masses)
-                moving = _turned(moving, old, new, bonds)
+                moving = _turned(moving, old, new, frames)
         context.setPositions(new)
         if system.getNumConstraints():
             moving = _allowed(context, moving)
@@ -128,30 +156,28 @@ def _drift(velocities: FloatArray, masses: list[float]) -> FloatArray:
     return (weights > 0.0)[:, None] * (weights @ velocities / weights.sum())
 
 
-def _turned(velocities: FloatArray, old: FloatArray, new: FloatArray, bonds: NDArray[np.int64]) -> FloatArray:
-    """Velocities [N, 3], of which each has turned as the bonds of its atom have, in the least squares of directions.
+def _turned(velocities: FloatArray, old: FloatArray, new: FloatArray, frames: NDArray[np.int64]) -> FloatArray:
+    """Velocities [N, 3] that stand in the frames of the new positions as they stood in those of the old ones.
 
-    An atom with one bond turns with all bonds of the atom at its other end, which know how it turned about this one.
+    Each frame's first axis points along the bond, its second lies in the plane of the three atoms. Three that are in a
+    line, or on one spot, before or after, have none: their first atom's velocity stays as it is.
     """
-    if not len(bonds):
-        return velocities
-    atoms, ends = np.unique(bonds, return_inverse=True)
-    first, second = ends.reshape(bonds.shape).T
-    before, after = (x[bonds[:, 0]] - x[bonds[:, 1]] for x in (old, new))
-    lengths = np.sqrt((before**2).sum(-1) * (after**2).sum(-1))
-    outer = after[:, :, None] * (before / np.maximum(lengths, 1e-300)[:, None])[:, None, :]
-    # What bonds leave open, as in a linear group, turns as little as it can.
-    sums, degree = np.tile(1e-9 * np.eye(3), (len(atoms), 1, 1)), np.bincount(ends.ravel())
-    np.add.at(sums, first, outer)
-    np.add.at(sums, second, outer)
-    turns = sums.copy()
-    for here, there in ((first, second), (second, first)):
-        lone = degree[here] == 1
-        turns[here[lone]] = sums[there[lone]]
-    left, _, right = np.linalg.svd(turns)  # Kabsch, Acta Cryst. A 32, 922 (1976)
-    left[:, :, 2] *= np.linalg.det(left @ right)[:, None]
+    atoms, bonded, third = frames
+    x = np.stack([old, new])
+    origin = x[:, atoms]
+    first, second = x[:, bonded] - origin, x[:, third] - origin
+    lengths = np.sqrt((first * first).sum(-1, keepdims=True))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        first /= lengths
+        second -= (first * second).sum(-1, keepdims=True) * first
+        heights = np.sqrt((second * second).sum(-1, keepdims=True))
+        second /= heights
+    flat = ~((lengths > FLAT) & (heights > FLAT)).all(0)
+    normal = first[..., [1, 2, 0]] * second[..., [2, 0, 1]] - first[..., [2, 0, 1]] * second[..., [1, 2, 0]]
+    moving = velocities[atoms]
+    turned = sum((axis[0] * moving).sum(-1, keepdims=True) * axis[1] for axis in (first, second, normal))
     result = velocities.copy()
-    result[atoms] = np.einsum("aij,ajk,ak->ai", left, right, velocities[atoms])
+    result[atoms] = np.where(flat, moving, turned)
     return result
 
 

@@ -185,7 +185,7 @@ class FlowMove(MCMCMove):
             known = sampler_state.velocities
             context.setVelocities(np.zeros_like(positions) if known is None else known)
             kelvin = thermodynamic_state.temperature.value_in_unit(unit.kelvin)
-            velocities = carry_velocities(context, positions, outcome.positions, kelvin, rng, proposals.bonds)
+            velocities = carry_velocities(context, positions, outcome.positions, kelvin, rng, proposals.frames)
             sampler_state.positions = outcome.positions * unit.nanometer
             sampler_state.velocities = velocities * (unit.nanometer / unit.picosecond)
         self._counts["n_proposed"] += outcome.info.n_proposed

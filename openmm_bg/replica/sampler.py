@@ -323,8 +323,8 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
         """A replica at these positions, with its velocities there; the Context holds the rest of it."""
         context = self.simulation.context
         before = self.replicaConformation[index].getPositions(asNumpy=True)._value
-        bonds = self.proposals[state].bonds
-        carry_velocities(context, before, positions, self._state_temperature(state), self._rng, bonds)
+        frames = self.proposals[state].frames
+        carry_velocities(context, before, positions, self._state_temperature(state), self._rng, frames)
         return context.getState(positions=True, velocities=True, parameters=True, integratorParameters=True)
 
     def _reduced_potential(self, state: int) -> Callable[[np.ndarray], float]:

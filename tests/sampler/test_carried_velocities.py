@@ -8,7 +8,7 @@ import torch  # noqa: F401  (before openmm)
 
 import openmm_bg.velocities
 from openmm_bg.energy import BOLTZMANN
-from openmm_bg.velocities import carry_velocities
+from openmm_bg.velocities import carry_velocities, local_frames
 
 import openmm  # isort: skip
 
@@ -17,8 +17,8 @@ KELVIN, STEP = 300.0, 0.004
 kT = BOLTZMANN * KELVIN
 MASSES = np.array([[16.0], [1.0], [1.5], [12.0]])
 CONSTRAINTS = ((0, 1), (0, 2))
-BONDS = np.array([*CONSTRAINTS, (0, 3)])
-NO_BONDS = np.empty((0, 2), dtype=np.int64)
+FRAMES = local_frames([*CONSTRAINTS, (0, 3)])
+NO_FRAMES = local_frames([])
 
 
 def on_the_step(step):
@@ -120,7 +120,7 @@ def without_drift():
     return np.eye(12) - drift @ (drift * np.repeat(MASSES, 3, axis=0)).T / MASSES.sum()
 
 
-def deviation(make_integrator, steps, rng, n=2500, bonds=BONDS, remover=False):
+def deviation(make_integrator, steps, rng, n=2500, frames=FRAMES, remover=False):
     """Largest deviation of the covariance of carried velocities [12, 12] from Maxwell's, in standard errors.
 
     Velocities come from Maxwell's distribution on the step at OLD, and are looked at on the step at NEW.
@@ -135,7 +135,7 @@ def deviation(make_integrator, steps, rng, n=2500, bonds=BONDS, remover=False):
         v = allowed @ (spread * rng.standard_normal((4, 3))).ravel() + shift
         context.setPositions(OLD)
         context.setVelocities(v.reshape(4, 3))
-        row[:] = carry_velocities(context, OLD, NEW, KELVIN, rng, bonds).ravel()
+        row[:] = carry_velocities(context, OLD, NEW, KELVIN, rng, frames).ravel()
     found -= behind(NEW, steps)
     expected = projection(NEW) @ centred @ np.diag(kT / np.repeat(MASSES[:, 0], 3))
     # Var of an element of a covariance that is estimated from n normal vectors of known mean (Isserlis).
@@ -153,9 +153,9 @@ def test_carried_velocities_have_maxwells_distribution_on_the_new_constraints(ma
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("remover", [False, True])
-@pytest.mark.parametrize("bonds", [NO_BONDS, BONDS[:2], BONDS[2:], BONDS])
-def test_they_have_it_however_each_atom_turns(bonds, remover):
-    assert deviation(*INTEGRATORS[0], np.random.default_rng(1), bonds=bonds, remover=remover) < 5.0
+@pytest.mark.parametrize("frames", [NO_FRAMES, FRAMES[:, :2], FRAMES[:, 2:], FRAMES, FRAMES[:, [0, 3]]])
+def test_they_have_it_however_each_atom_turns(frames, remover):
+    assert deviation(*INTEGRATORS[0], np.random.default_rng(1), frames=frames, remover=remover) < 5.0
 
 
 @pytest.mark.statistical
@@ -169,11 +169,11 @@ def test_a_deliberate_error_is_seen(monkeypatch):
         patch.setattr(openmm_bg.velocities, "_allowed", lambda context, v: v)
         assert deviation(make_integrator, steps, np.random.default_rng(1)) > 10.0
     with monkeypatch.context() as patch:  # what turns velocities is no rotation
-        patch.setattr(np.linalg, "det", lambda matrices: np.full(len(matrices), 0.8))
+        patch.setattr(openmm_bg.velocities, "_turned", lambda v, *_: v * [1.2, 1.0, 1.0])
         assert deviation(make_integrator, steps, np.random.default_rng(1)) > 10.0
     with monkeypatch.context() as patch:  # the centre's motion is taken out before atoms turn, and drawn by none
         patch.setattr(openmm_bg.velocities, "_drift", lambda velocities, masses: 0.0 * velocities)
-        assert deviation(make_integrator, steps, np.random.default_rng(1), bonds=BONDS[2:], remover=True) > 10.0
+        assert deviation(make_integrator, steps, np.random.default_rng(1), frames=FRAMES[:, 2:], remover=True) > 10.0
 
     class Deaf(np.random.Generator):
         """ξ is zero, the velocities of the test are not."""
@@ -182,8 +182,8 @@ def test_a_deliberate_error_is_seen(monkeypatch):
             inside = inspect.currentframe().f_back.f_code.co_name == "carry_velocities"
             return np.zeros(size) if inside else super().standard_normal(size)
 
-    # Bonds that turn with their atoms hide it: next to nothing of ξ is left.
-    assert deviation(make_integrator, steps, Deaf(np.random.PCG64(1)), bonds=NO_BONDS) > 10.0
+    # Velocities that turn hide it: next to nothing of ξ is left.
+    assert deviation(make_integrator, steps, Deaf(np.random.PCG64(1)), frames=NO_FRAMES) > 10.0
 
 
 def oscillators(n, step, integrator):
@@ -216,7 +216,7 @@ def energy_after_md(settle, make_integrator, n=400, rounds=60):
     found = []
     for _ in range(rounds):
         x = context.getState(positions=True).getPositions(asNumpy=True)._value
-        settle(context, x, rng.standard_normal((n, 3)) * np.sqrt(kT / k), KELVIN, rng, NO_BONDS)
+        settle(context, x, rng.standard_normal((n, 3)) * np.sqrt(kT / k), KELVIN, rng, NO_FRAMES)
         context.getIntegrator().step(2)
         found.append(context.getState(energy=True).getPotentialEnergy()._value / (1.5 * n * kT))
     # Positions are drawn anew in each round, but velocities live for a picosecond: blocks, not rounds.
@@ -230,12 +230,16 @@ def test_moves_do_not_heat_md_whose_time_step_is_long(make_integrator):
     mean, error = energy_after_md(carry_velocities, make_integrator)
     assert abs(mean - 1.0) < 5 * error
 
-    def draw_anew(context, old, new, temperature, rng, bonds):
+    def draw_anew(context, old, new, temperature, rng, frames):
         context.setPositions(new)
         context.setVelocitiesToTemperature(temperature, int(rng.integers(1, 2**31 - 1)))
 
     mean, error = energy_after_md(draw_anew, make_integrator)
     assert mean - 1.0 > 10 * error
+
+
+def turned(*args):
+    return openmm_bg.velocities._turned(*args)
 
 
 def test_velocities_turn_with_the_molecule():
@@ -244,31 +248,50 @@ def test_velocities_turn_with_the_molecule():
     rotation = np.linalg.qr(rng.standard_normal((3, 3)))[0]
     rotation *= np.linalg.det(rotation)
     v = rng.standard_normal((4, 3))
-    turned = openmm_bg.velocities._turned(v, OLD, OLD @ rotation.T, BONDS)
-    np.testing.assert_allclose(turned, v @ rotation.T, atol=1e-8)
-    one = BONDS[2:]
-    turned = openmm_bg.velocities._turned(v, OLD, NEW, one)
-    np.testing.assert_array_equal(turned[1:3], v[1:3])  # atoms without bonds
-    along = [(x[0] - x[3]) / np.linalg.norm(x[0] - x[3]) for x in (OLD, NEW)]
-    for atom in (0, 3):
-        np.testing.assert_allclose(turned[atom] @ along[1], v[atom] @ along[0], atol=1e-8)
-    np.testing.assert_allclose(openmm_bg.velocities._turned(v, NEW, NEW, BONDS), v, atol=1e-8)
-    np.testing.assert_array_equal(openmm_bg.velocities._turned(v, OLD, NEW, NO_BONDS), v)
+    np.testing.assert_allclose(turned(v, OLD, OLD @ rotation.T, FRAMES), v @ rotation.T, atol=1e-14)
+    np.testing.assert_allclose(turned(v, NEW, NEW, FRAMES), v, atol=1e-14)
+    np.testing.assert_array_equal(turned(v, OLD, NEW, NO_FRAMES), v)
+    np.testing.assert_array_equal(turned(v, OLD, NEW, FRAMES[:, [0, 3]])[1:3], v[1:3])  # atoms without a frame
+    there = turned(v, OLD, NEW, FRAMES)
+    for atom, bonded, _ in FRAMES.T:
+        along = [(x[bonded] - x[atom]) / np.linalg.norm(x[bonded] - x[atom]) for x in (OLD, NEW)]
+        np.testing.assert_allclose(there[atom] @ along[1], v[atom] @ along[0], atol=1e-14)
+        np.testing.assert_allclose(there[atom] @ there[atom], v[atom] @ v[atom], atol=1e-13)
 
 
-def energies_of_pairs_after_md(bonded, n=1500, rounds=40):
+def test_atoms_that_make_no_frame_do_not_turn():
+    v = np.random.default_rng(4).standard_normal((4, 3))
+    in_line = OLD * [1.0, 0.0, 0.0] + [[0.0] * 3, [0.0] * 3, [0.0, 0.0, 0.0], [0.0, 0.1, 0.2]]
+    on_one_spot = OLD.copy()
+    on_one_spot[1] = on_one_spot[0]
+    for flat in (in_line, on_one_spot):
+        for old, new in ((flat, NEW), (NEW, flat)):
+            found = turned(v, old, new, FRAMES)
+            assert np.isfinite(found).all()
+            np.testing.assert_array_equal(found[1], v[1])
+            np.testing.assert_allclose((found**2).sum(1), (v**2).sum(1), rtol=1e-12)
+
+
+def test_frames_are_made_of_bonds():
+    chain = local_frames([(5, 7), (7, 9), (9, 3)])
+    np.testing.assert_array_equal(chain.T, [[3, 9, 7], [5, 7, 9], [7, 5, 9], [9, 7, 3]])
+    assert local_frames([(0, 1)]).shape == (3, 0)  # nothing says how two atoms turn about their bond
+
+
+def energies_of_stiff_pairs_after_md(frames, n=750, rounds=40):
     """Mean energy of a stiff bond and of motion across it, in kT/2, after moves that give bonds any direction.
 
-    With the standard errors. ω dt = 1 along the bond, as in `energy_after_md`; nothing holds a pair across it.
+    With their standard errors. Each of n atoms that stand still has two on bonds with ω dt = 1, as in
+    `energy_after_md`, of which nothing else is held.
     """
     system = openmm.System()
-    k, length, reduced_mass = 6.0 / STEP**2, 0.2, 6.0
+    k, length = 12.0 / STEP**2, 0.2
     springs = openmm.HarmonicBondForce()
-    pairs = np.arange(2 * n).reshape(n, 2)
-    for pair in pairs.tolist():
-        system.addParticle(12.0)
-        system.addParticle(12.0)
-        springs.addBond(*pair, length, k)
+    for centre in range(0, 3 * n, 3):
+        for mass in (0.0, 12.0, 12.0):
+            system.addParticle(mass)
+        springs.addBond(centre, centre + 1, length, k)
+        springs.addBond(centre, centre + 2, length, k)
     system.addForce(springs)
     integrator = langevin()
     integrator.setRandomNumberSeed(3)
@@ -276,14 +299,14 @@ def energies_of_pairs_after_md(bonded, n=1500, rounds=40):
     rng = np.random.default_rng(5)
 
     def exact():
-        """[2n, 3] of any direction; the r² of the density of lengths by rejection."""
+        """[3n, 3], bonds of any direction; the r² of the density of their lengths by rejection."""
         lengths = np.empty(0)
-        while len(lengths) < n:
+        while len(lengths) < 2 * n:
             tried = length + np.sqrt(kT / k) * rng.standard_normal(n)
             lengths = np.concatenate([lengths, tried[rng.random(n) < (tried / (2 * length)) ** 2]])
-        axes = rng.standard_normal((n, 3))
-        ends = lengths[:n, None] * axes / np.linalg.norm(axes, axis=1)[:, None]
-        return np.stack([np.zeros((n, 3)), ends], axis=1).reshape(2 * n, 3)
+        ends = rng.standard_normal((n, 2, 3))
+        ends *= lengths[: 2 * n].reshape(n, 2, 1) / np.linalg.norm(ends, axis=-1, keepdims=True)
+        return np.concatenate([np.zeros((n, 1, 3)), ends], axis=1).reshape(3 * n, 3)
 
     context.setPositions(exact())
     context.setVelocitiesToTemperature(KELVIN, 7)
@@ -291,24 +314,28 @@ def energies_of_pairs_after_md(bonded, n=1500, rounds=40):
     along = []
     for _ in range(rounds):
         x = context.getState(positions=True).getPositions(asNumpy=True)._value
-        carry_velocities(context, x, exact(), KELVIN, rng, pairs if bonded else NO_BONDS)
+        carry_velocities(context, x, exact(), KELVIN, rng, frames(n))
         integrator.step(2)
         state = context.getState(energy=True, positions=True, velocities=True)
-        along.append(state.getPotentialEnergy()._value / (0.5 * n * kT))
-        x, v = state.getPositions(asNumpy=True)._value, state.getVelocities(asNumpy=True)._value
-        axis, rate = x[1::2] - x[::2], v[1::2] - v[::2]
-        axis /= np.linalg.norm(axis, axis=1)[:, None]
-        rate -= (axis * rate).sum(1)[:, None] * axis
-        across = reduced_mass * (rate**2).sum() / (2 * n * kT)
+        along.append(state.getPotentialEnergy()._value / (n * kT))
+    x, v = (array(asNumpy=True)._value.reshape(n, 3, 3)[:, 1:] for array in (state.getPositions, state.getVelocities))
+    axis = x / np.linalg.norm(x, axis=-1, keepdims=True)
+    across = v - (axis * v).sum(-1, keepdims=True) * axis
     # Positions are drawn anew in each round; velocities live for a picosecond, three times as long as all rounds.
-    return (np.mean(along), np.sqrt(2 / (n * rounds))), (across, np.sqrt(2 / (2 * n)))
+    return (
+        (np.mean(along), np.sqrt(2 / (2 * n * rounds))),
+        (12.0 * (across**2).sum() / (4 * n * kT), np.sqrt(2 / (4 * n))),
+    )
 
 
 @pytest.mark.statistical
 def test_stiff_and_soft_directions_do_not_mix_where_bonds_turn_anywhere():
-    for mean, error in energies_of_pairs_after_md(bonded=True):
+    def own_frames(n):
+        return local_frames([(3 * k, 3 * k + end) for k in range(n) for end in (1, 2)])
+
+    for mean, error in energies_of_stiff_pairs_after_md(own_frames):
         assert abs(mean - 1.0) < 5 * error
-    mean, error = energies_of_pairs_after_md(bonded=False)[1]
+    _, (mean, error) = energies_of_stiff_pairs_after_md(lambda n: NO_FRAMES)
     assert mean - 1.0 < -5 * error
 
 
@@ -330,7 +357,7 @@ def test_a_context_whose_forces_fail_is_left_as_it_was(make_integrator, fails_at
     context.setPositions(OLD)
     context.setVelocities(before)
     with pytest.raises(openmm.OpenMMException, match="no forces"):
-        carry_velocities(context, OLD, NEW, KELVIN, np.random.default_rng(2), BONDS)
+        carry_velocities(context, OLD, NEW, KELVIN, np.random.default_rng(2), FRAMES)
     state = context.getState(positions=True, velocities=True)
     np.testing.assert_array_equal(state.getPositions(asNumpy=True)._value, OLD)
     np.testing.assert_array_equal(state.getVelocities(asNumpy=True)._value, before)
@@ -350,7 +377,7 @@ def test_a_move_rescues_atoms_on_top_of_each_other(distance):
     old = new * np.array([[1.0], [1.0], [distance / 0.35]])
     context.setPositions(new)
     context.setVelocitiesToTemperature(KELVIN, 8)
-    v = carry_velocities(context, old, new, KELVIN, np.random.default_rng(3), NO_BONDS)
+    v = carry_velocities(context, old, new, KELVIN, np.random.default_rng(3), NO_FRAMES)
     assert 0.0 < np.abs(v).max() < 10 * np.sqrt(kT / 12.0)
 
 
@@ -358,7 +385,7 @@ def test_velocities_that_are_not_finite_are_drawn():
     context = openmm.Context(bent_molecule(), langevin(), REFERENCE)
     context.setPositions(OLD)
     context.setVelocities(np.full((4, 3), np.nan))
-    v = carry_velocities(context, OLD, NEW, KELVIN, np.random.default_rng(3), BONDS)
+    v = carry_velocities(context, OLD, NEW, KELVIN, np.random.default_rng(3), FRAMES)
     assert np.isfinite(v).all() and v.any()
 
 
@@ -367,7 +394,7 @@ def test_velocities_that_were_never_set_are_drawn():
     rng, kinetic, shift = np.random.default_rng(2), [], behind(NEW, 0.5).reshape(4, 3)
     for _ in range(400):
         context.setVelocities(np.zeros((4, 3)))
-        v = carry_velocities(context, OLD, NEW, KELVIN, rng, BONDS)
+        v = carry_velocities(context, OLD, NEW, KELVIN, rng, FRAMES)
         np.testing.assert_array_equal(v, context.getState(velocities=True).getVelocities(asNumpy=True)._value)
         np.testing.assert_array_equal(NEW, context.getState(positions=True).getPositions(asNumpy=True)._value)
         np.testing.assert_allclose((MASSES * v).sum(0), 0.0, atol=1e-12)
@@ -395,7 +422,7 @@ def test_particles_that_stand_still_keep_their_velocities(remover):
     if remover:
         masses = np.array([*MASSES[:, 0], 0.0, 20.0])
         before = before - masses @ before / masses.sum() * (masses > 0.0)[:, None]
-    after = carry_velocities(context, old, new, KELVIN, np.random.default_rng(6), BONDS)
+    after = carry_velocities(context, old, new, KELVIN, np.random.default_rng(6), FRAMES)
     # OpenMM takes forbidden velocities off drawn ones to 1e-5 of them.
     np.testing.assert_allclose(after, before, rtol=0.0, atol=1e-5 * np.abs(before).max())
     assert not after[4].any() and after[5].any()
