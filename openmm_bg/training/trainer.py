@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from openmm_bg.errors import BGError, CheckpointError, InputError
 from openmm_bg.flow.coupling import economical
 from openmm_bg.training import checkpoint
+from openmm_bg.training.best import BestWeights
 from openmm_bg.training.config import Stage, TrainingConfig
 from openmm_bg.training.dataset import Dataset, spread
 from openmm_bg.training.history import History
@@ -150,8 +151,7 @@ class Trainer:
         self._stage_seconds = 0.0
         self._seconds = 0.0
         self._bad_in_a_row = 0
-        self._best = math.inf
-        self._best_state: dict[str, Tensor] = {}
+        self.best = BestWeights()
         self._optimizer: torch.optim.Optimizer | None = None
         self._saved_step: int | None = None
         self._saved_at = time.perf_counter()
@@ -358,19 +358,15 @@ class Trainer:
         with evaluation_mode(kept), torch.no_grad():
             log_q = torch.cat([flow.log_prob(part) for part in y.split(_VALIDATION_CHUNK)])
         value = -float(weighted_mean(log_q.double(), weights))
-        if stage.keep_best and value < self._best:
-            self._best = value
-            self._best_state = {name: tensor.detach().clone() for name, tensor in kept.state_dict().items()}
+        if stage.keep_best:
+            self.best.offer(value, kept)
         return value
 
     def _end_stage(self, stage: Stage) -> None:
         if self.history and self.history[-1]["validation_nll"] is None:
             self.history[-1]["validation_nll"] = self._validate(stage)
-        if stage.keep_best and self._best_state:
-            for module in (self.density, self.ema):
-                if module is not None:
-                    module.load_state_dict(self._best_state)
-        self._best, self._best_state = math.inf, {}
+        modules = [module for module in (self.density, self.ema) if module is not None]
+        self.best.end_stage(modules[-1], modules)
         self._stage += 1
         self._stage_step, self._stage_seconds = 0, 0.0
         self._optimizer = None
@@ -427,7 +423,7 @@ class Trainer:
         modules = [("model.", self.density)] + ([("ema.", self.ema)] if self.ema is not None else [])
         for prefix, module in modules:
             tensors.update({prefix + name: value for name, value in module.state_dict().items()})
-        tensors.update({"best." + name: value for name, value in self._best_state.items()})
+        tensors.update(self.best.tensors())
         if self._optimizer is not None:
             for k, state in self._optimizer.state_dict()["state"].items():
                 tensors.update({f"optimizer.{k}.{name}": torch.as_tensor(value) for name, value in state.items()})
@@ -437,7 +433,7 @@ class Trainer:
             "stage_seconds": self._stage_seconds,
             "seconds": self._seconds,
             "bad_in_a_row": self._bad_in_a_row,
-            "best": None if math.isinf(self._best) else self._best,
+            "best": self.best.meta(),
             "in_stage": self._optimizer is not None,
             "objective": objective,
             "losses_size": self._history.flush(),
@@ -457,12 +453,7 @@ class Trainer:
         self.step, self._stage = step, meta["stage"]
         self._stage_step, self._stage_seconds = meta["stage_step"], meta["stage_seconds"]
         self._seconds, self._bad_in_a_row = meta["seconds"], meta["bad_in_a_row"]
-        self._best = math.inf if meta["best"] is None else meta["best"]
-        self._best_state = {
-            name.removeprefix("best."): value.to(self.device)
-            for name, value in tensors.items()
-            if name.startswith("best.")
-        }
+        self.best.restore(tensors, meta["best"], self.device)
         if meta["in_stage"]:
             self._optimizer = self._new_optimizer()
             blank = self._optimizer.state_dict()

@@ -222,6 +222,26 @@ def test_keep_best_restores_the_lowest_validation(kit):
     assert values[-1] > min(values) + 0.05
     y, _ = trainer._validation
     assert -flow.log_prob(y).double().mean().item() == pytest.approx(min(values), abs=1e-6)
+    flow.load_state_dict(trainer.best.last)
+    assert -flow.log_prob(y).double().mean().item() == pytest.approx(values[-1], abs=1e-6)
+
+
+def test_the_last_weights_of_a_stage_that_kept_its_best_are_in_its_checkpoint(kit, tmp_path):
+    data = kit.torsion_data(60)
+    stage = {"losses": {"nll": 1}, "steps": 60, "learning_rate": 2e-2, "schedule": "constant"}
+    config = kit.small_config([Stage(name="a", keep_best=True, **stage)], validation_fraction=0.5)
+    first = Trainer(kit.small_flow(), data, config, directory=tmp_path, progress=False)
+    first.run()
+    again = Trainer(kit.small_flow(), data, config, directory=tmp_path, progress=False)
+    again.run(resume=True)
+    assert again.best.last.keys() == first.density.state_dict().keys()
+    for name, weights in again.best.last.items():
+        assert torch.equal(weights, first.best.last[name])
+    assert any(not torch.equal(weights, first.density.state_dict()[n]) for n, weights in again.best.last.items())
+    plain = config.model_copy(update={"stages": [*config.stages, Stage(name="b", **stage)]})
+    longer = Trainer(kit.small_flow(), data, plain, directory=tmp_path, progress=False)
+    longer.run(resume=True)
+    assert longer.best.last == {}
 
 
 def test_learning_rate_and_lengths(kit):
