@@ -45,6 +45,27 @@ def target_temperature(temperature: Any, context: openmm.Context) -> float:
     return in_kelvin(temperature)
 
 
+def require_all_forces(context: openmm.Context) -> None:
+    """Refuse an integrator that leaves out forces: MD would sample another energy than the one moves accept on.
+
+    Raises
+    ------
+    InputError
+        A force with an energy is in none of the groups that the integrator propagates.
+    """
+    groups = context.getIntegrator().getIntegrationForceGroups()
+    if groups == -1:
+        return
+    for force in context.getSystem().getForces():
+        kind, group = type(force).__name__, force.getForceGroup()
+        without_energy = isinstance(force, (openmm.CMMotionRemover, openmm.AndersenThermostat)) or "Barostat" in kind
+        if not without_energy and not groups >> group & 1:
+            raise InputError(
+                f"The integrator leaves out force group {group} (a {kind}), so that MD samples another energy than the "
+                "System's: add the group with setIntegrationForceGroups, or remove the force."
+            )
+
+
 def usable_device(device: str | torch.device | None) -> torch.device:
     """The device asked for, or the CPU with a logged note where it cannot be used."""
     if device is None:

@@ -24,7 +24,14 @@ from openmm_bg.energy import ContextPool, Target, thermal_energy
 from openmm_bg.ensemble import Ensemble
 from openmm_bg.errors import EnergyError, InputError
 from openmm_bg.latent_space import CHUNK, FEW, LatentSpace
-from openmm_bg.matching import context_positions, match_system, require_count, target_temperature, usable_device
+from openmm_bg.matching import (
+    context_positions,
+    match_system,
+    require_all_forces,
+    require_count,
+    target_temperature,
+    usable_device,
+)
 from openmm_bg.rules import metropolis
 from openmm_bg.standing import Report, Standing, counts, place, seed_frame
 from openmm_bg.velocities import carry_velocities, local_frames
@@ -74,7 +81,8 @@ class BoltzmannGeneratorSampler:
     Raises
     ------
     InputError
-        The System is not the flow's: particle count, bonds, constraints; a bad temperature or n_proposals.
+        The System is not the flow's: particle count, bonds, constraints; a bad temperature or n_proposals; an
+        integrator that leaves out forces.
     ArtifactError
         The flow cannot be read.
     """
@@ -102,6 +110,7 @@ class BoltzmannGeneratorSampler:
         self.context = context
         self._asked_temperature = temperature
         self.temperature = target_temperature(temperature, context)
+        require_all_forces(context)
         self.n_proposals = int(n_proposals)
         self.device = usable_device(device)
         self.flow.density.to(self.device)
@@ -257,6 +266,7 @@ class BoltzmannGeneratorSampler:
         Returns its positions [N, 3] in nm, and the pool's energy there, kJ/mol.
         """
         self.space.eval()  # dropout would void every density
+        require_all_forces(self.context)
         found = self.pool.sync()
         self._system = self.context.getSystem()
         if _kinematics(self._system) != self._matched:

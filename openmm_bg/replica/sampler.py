@@ -17,7 +17,7 @@ from openmm import app, unit  # isort: skip
 from openmm_bg.artifact import Flow, load
 from openmm_bg.energy import thermal_energy
 from openmm_bg.errors import InputError
-from openmm_bg.matching import first_line, require_count
+from openmm_bg.matching import first_line, require_all_forces, require_count
 from openmm_bg.proposals import FlowProposals, Outcome, check_counts, check_step
 from openmm_bg.rules.annealing import check_schedule
 from openmm_bg.surroundings import require_molecule
@@ -145,6 +145,7 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
         for index, own in own_flows.items():
             proposals[index] = FlowProposals(_read_flow("state_flows", own), simulation.system, atom_subset)
         require_molecule(simulation.context, common.particles)
+        require_all_forces(simulation.context)
         self._swaps = {(a, b): FlowSwap(proposals[a], proposals[b], swap_travels) for a, b in pairs}
         try:
             rng = np.random.default_rng(seed)
@@ -330,6 +331,7 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
     def _reduced_potential(self, state: int) -> Callable[[np.ndarray], float]:
         """u of a state at given positions and the Context's box."""
         context, kT = self.simulation.context, thermal_energy(self._state_temperature(state))
+        require_all_forces(context)
 
         def reduced_potential(x: np.ndarray) -> float:
             context.setPositions(x)

@@ -77,6 +77,21 @@ def test_conformations_follow_accepted_moves_only(dipeptide, make, n_proposals):
     assert min(seen.values()) >= 3  # both have been looked at
 
 
+def test_an_integrator_that_leaves_out_forces_is_refused(dipeptide, make):
+    system = copy.deepcopy(dipeptide.system)
+    system.getForce(0).setForceGroup(3)
+    integrator = openmm.LangevinMiddleIntegrator(300.0, 5.0, 0.001)
+    integrator.setIntegrationForceGroups({0})
+    with pytest.raises(ValueError, match="leaves out force group 3"):
+        make(system=system, integrator=integrator)
+    integrator = openmm.LangevinMiddleIntegrator(300.0, 5.0, 0.001)
+    sampler = make(system=system, integrator=integrator)
+    sampler.simulate(1)
+    integrator.setIntegrationForceGroups({0})
+    with pytest.raises(ValueError, match="leaves out force group 3"):
+        sampler.simulate(1)
+
+
 def test_velocities_have_the_states_temperature(dipeptide, make):
     """At 300 and 400 K, whatever the integrator was left at."""
     sampler = make([{"temperature": 300.0}, {"temperature": 400.0}], n_proposals=8)

@@ -1,5 +1,7 @@
 """`step`: what moves, what stays bit for bit, and that MD with moves samples what MD samples."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -240,6 +242,32 @@ def test_a_changed_temperature_of_the_integrator_is_followed(make_context, make_
     fixed = make_sampler(context, temperature=320.0)
     fixed.step(1)
     assert fixed.temperature == 320.0
+
+
+def test_an_integrator_that_leaves_out_forces_is_refused(dipeptide, make_context, make_sampler):
+    """MD would sample U without them, and moves accept on U with them."""
+    system = copy.deepcopy(dipeptide.system)
+    for force in system.getForces():
+        force.setForceGroup(3 if isinstance(force, openmm.PeriodicTorsionForce) else 0)
+    remover = openmm.CMMotionRemover()
+    remover.setForceGroup(5)
+    system.addForce(remover)
+    context = make_context(system)
+    integrator = context.getIntegrator()
+    integrator.setIntegrationForceGroups({0})
+    with pytest.raises(ValueError, match=r"leaves out force group 3 \(a PeriodicTorsionForce\)"):
+        make_sampler(context)
+    integrator.setIntegrationForceGroups({0, 3})  # not that of the remover, which has no energy
+    sampler = make_sampler(context)
+    before = snapshot(context)
+    integrator.setIntegrationForceGroups({0, 1, 5})
+    for call in (sampler.step, sampler.sample, bg.LatentMove(sampler).step):
+        with pytest.raises(ValueError, match="leaves out force group 3"):
+            call(1)
+    after = snapshot(context)
+    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+    integrator.setIntegrationForceGroups({0, 3})
+    assert sampler.step(1)["n_proposed"] == 1
 
 
 def run_chain(dipeptide, rounds, seed, moves=True, n_proposals=1, temperature=300.0):
