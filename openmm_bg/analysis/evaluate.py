@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import torch
+import torch  # noqa: F401  (before OpenMM, or its torch plugin does not load)
 from numpy.typing import NDArray
 
 import openmm  # isort: skip  (after torch: OpenMM's torch plugin loads only then)
@@ -116,12 +116,11 @@ def evaluate(
     embedding = choose_method(embedding)
     flow = several[0]
     topology = flow.topology
-    reference = _reference_frame(flow)
-    data = check_frames(positions, topology, reference, "the held-out trajectory")
+    data = check_frames(positions, topology, "the held-out trajectory")
     if len(data) < MIN_FRAMES:
         frames = "One held-out frame is" if len(data) == 1 else f"{len(data)} held-out frames are"
         raise InputError(f"{frames} too few: give at least {MIN_FRAMES}, better {2 * BATCH}.")
-    known = None if training is None else check_frames(training, topology, reference, "the training trajectory")
+    known = None if training is None else check_frames(training, topology, "the training trajectory")
     notes: list[str] = []
     own = flow.system if system is None else system
     if not isinstance(own, openmm.System):
@@ -144,7 +143,7 @@ def evaluate(
         }
     }
     context = make_context(own)
-    context.setPositions(reference)
+    context.setPositions(data[0].astype(np.float64))
     with BoltzmannGeneratorSampler(
         flow, context, flow.temperature, seed=seed, platform=platform, n_workers=n_workers
     ) as sampler:
@@ -174,13 +173,6 @@ def check_numbers(flows: list[Flow], n_samples: Any, batch: Any, seed: Any) -> N
                 f"Flow {k} is {other.representation}, the first {flows[0].representation}: their likelihoods are of "
                 "different coordinates and do not compare."
             )
-
-
-def _reference_frame(flow: Flow) -> NDArray[np.float64]:
-    """[N, 3] nm, the reference point of the flow's own coordinates: a sound frame with the right lengths."""
-    layout = flow.coordinates.layout
-    y = torch.tensor(layout.shift, dtype=torch.float64) / torch.tensor(layout.fold, dtype=torch.float64)
-    return flow.to_positions(y[None])[0].numpy()
 
 
 @contextmanager

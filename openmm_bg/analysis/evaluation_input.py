@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from openmm_bg.coordinates import MoleculeGraph
+from openmm_bg.coordinates.bond_lengths import check_bond_lengths
 from openmm_bg.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -18,10 +20,11 @@ Frames = NDArray[np.float32]
 
 #: More frames than twice this are thinned while they are read.
 MAX_FRAMES = 10_000
+#: The same for training frames: the nearest of a part is farther than the nearest of all, and to look at more of them
+#: costs seconds only.
+MAX_TRAINING_FRAMES = 25_000
 #: Fewer make no figure worth printing.
 MIN_FRAMES = 20
-#: A bond this many times longer or shorter than in the flow's molecule was never one: another order, other units.
-STRETCH = 1.5
 _CHUNK = 500
 #: Formats that name their atoms.
 _NAMED = (".pdb", ".h5", ".hdf5", ".gro", ".mol2")
@@ -103,7 +106,7 @@ def read_frames(path: Path, topology: Any, limit: int = MAX_FRAMES, available: i
     return np.stack(kept), stride
 
 
-def check_frames(positions: Any, topology: Any, reference: NDArray[np.floating], name: str) -> Frames:
+def check_frames(positions: Any, topology: Any, name: str) -> Frames:
     """Positions [n, N, 3] nm as float32, checked to be of the flow's molecule.
 
     Parameters
@@ -112,8 +115,6 @@ def check_frames(positions: Any, topology: Any, reference: NDArray[np.floating],
         Frames.
     topology : openmm.app.Topology
         The flow's.
-    reference
-        [N, 3] nm, a sound frame of the flow's molecule.
     name
         What to call the frames in messages.
 
@@ -126,29 +127,17 @@ def check_frames(positions: Any, topology: Any, reference: NDArray[np.floating],
     n = topology.getNumAtoms()
     if x.ndim != 3 or x.shape[1:] != (n, 3):
         raise InputError(f"{name} must hold frames [n, {n}, 3] of the flow's molecule, got {list(x.shape)}.")
-    bad = np.flatnonzero(~np.isfinite(x).all((1, 2)))
-    if bad.size:
-        raise InputError(f"Frame {bad[0]} of {name} has positions that are not finite: remove it.")
-    bonds = [(bond[0], bond[1]) for bond in topology.bonds()]
-    a, b = (np.array([pair[k].index for pair in bonds], dtype=int) for k in (0, 1))
-    typical = np.linalg.norm(reference[a] - reference[b], axis=-1)
-    for start in range(0, len(x), _CHUNK):
-        part = x[start : start + _CHUNK]
-        length = np.linalg.norm(part[:, a] - part[:, b], axis=-1)
-        wrong = np.argwhere(~((length > typical / STRETCH) & (length < typical * STRETCH)))
-        if len(wrong):
-            frame, k = wrong[0]
-            one, other = bonds[k]
-            raise InputError(
-                f"In frame {start + frame} of {name} the bond {one.residue.name}{one.residue.index + 1}-{one.name} to "
-                f"{other.residue.name}{other.residue.index + 1}-{other.name} is {length[frame, k]:.3f} nm, in the "
-                f"flow's molecule {typical[k]:.3f}: another molecule or atom order, other units, or one split by a "
-                "periodic box."
-            )
+    check_bond_lengths(x, MoleculeGraph(topology), name)
     return x.astype(np.float32, copy=False)
 
 
-def read_held_out(data: Path, topology: Any, training: Path | None = None, limit: int = MAX_FRAMES) -> HeldOut:
+def read_held_out(
+    data: Path,
+    topology: Any,
+    training: Path | None = None,
+    limit: int = MAX_FRAMES,
+    training_limit: int = MAX_TRAINING_FRAMES,
+) -> HeldOut:
     """Held-out frames, and the training frames where they are to be had.
 
     Parameters
@@ -160,8 +149,8 @@ def read_held_out(data: Path, topology: Any, training: Path | None = None, limit
         The flow's.
     training
         A trajectory or such a folder, instead.
-    limit
-        As in `read_frames`.
+    limit, training_limit
+        As in `read_frames`, of held-out and of training frames.
 
     Raises
     ------
@@ -191,21 +180,32 @@ def read_held_out(data: Path, topology: Any, training: Path | None = None, limit
             notes.append(f"{data} is one of the trajectories that openmm-bg train takes from {folder}: not held out.")
     positions, stride = read_frames(data, topology, limit, available)
     if stride > 1:
-        notes.append(f"Every {stride}th frame of {data} was used, {len(positions)} frames.")
+        notes.append(f"Every {_ordinal(stride)} frame of {data} was used, {len(positions)} frames.")
     known: Frames | None = None
     if training is not None:
-        known = _read_training(training, topology, limit)
+        known, stride = _read_training(training, topology, training_limit)
+        if stride > 1:
+            notes.append(
+                f"Every {_ordinal(stride)} training frame of {training} was used, {len(known)} frames: the nearest of "
+                "all may be nearer than the nearest of these."
+            )
     return HeldOut(positions, known, str(data), None if training is None else str(training), tuple(notes))
 
 
-def _read_training(path: Path, topology: Any, limit: int) -> Frames:
+def _read_training(path: Path, topology: Any, limit: int) -> tuple[Frames, int]:
+    """As `read_frames`, of a trajectory or of a folder's frames for training."""
     if not path.is_dir():
-        return read_frames(path, topology, limit)[0]
+        return read_frames(path, topology, limit)
     from openmm_bg.simulate.folder import read_training_data
 
     frames = read_training_data(path).positions
-    stride = max(1, len(frames) // limit)
-    return np.array(frames[::stride], dtype=np.float32)
+    stride = max(1, -(-len(frames) // (2 * limit)))
+    return np.array(frames[::stride], dtype=np.float32), stride
+
+
+def _ordinal(n: int) -> str:
+    """2nd, 3rd, 4th, 11th, 22nd."""
+    return f"{n}{'th' if n % 100 in (11, 12, 13) else {1: 'st', 2: 'nd', 3: 'rd'}.get(n % 10, 'th')}"
 
 
 def _check_elements(found: Any, topology: Any, path: Path) -> None:

@@ -11,13 +11,14 @@ from numpy.typing import ArrayLike, NDArray
 from openmm_bg.analysis.distances import ANGSTROM
 from openmm_bg.analysis.superposition import rmsf
 from openmm_bg.analysis.torsions import Quadruple, dihedral_atoms, torsion
+from openmm_bg.coordinates import MoleculeGraph
 from openmm_bg.errors import InputError
 
 FloatArray = NDArray[np.float64]
 
 #: Bins along each angle: 10 degrees.
 BINS = 36
-#: Side chain ends whose half turn exchanges equal atoms: (residue, number of χ).
+#: Side chain ends whose half turn exchanges equal atoms, unless one of them is protonated: (residue, number of χ).
 TWOFOLD = {("PHE", 2), ("TYR", 2), ("ASP", 2), ("GLU", 3)}
 
 
@@ -169,15 +170,25 @@ def chi_torsions(topology: Any) -> list[ResidueTorsions]:
     import mdtraj
     from mdtraj.geometry import dihedral
 
-    atoms = list(topology.atoms())
+    atoms, graph = list(topology.atoms()), MoleculeGraph(topology)
     ours = mdtraj.Topology.from_openmm(topology)
-    found: list[tuple[int, ResidueTorsions]] = []
+    found: dict[tuple[int, int], ResidueTorsions] = {}
     for number in range(1, 6):
-        for a, b, c, d in getattr(dihedral, f"indices_chi{number}")(ours).tolist():
+        quadruples = getattr(dihedral, f"indices_chi{number}")(ours).tolist()
+        # Hydroxyproline has two χ2 for MDTraj; IUPAC's runs along the chain, not to the hydroxyl.
+        for a, b, c, d in sorted(quadruples, key=lambda q: (graph.elements[q[3]] != "C", q)):
             residue = atoms[b].residue
-            fold = (residue.name.strip(), number) in TWOFOLD
-            found.append((residue.index, ResidueTorsions(residue_label(residue), number, ((a, b, c, d),), fold)))
-    return [row for _, row in sorted(found, key=lambda pair: (pair[0], pair[1].number))]
+            fold = (residue.name.strip(), number) in TWOFOLD and _equal_ends(graph, b, c, d)
+            torsions = ResidueTorsions(residue_label(residue), number, ((a, b, c, d),), fold)
+            found.setdefault((residue.index, number), torsions)
+    return [found[key] for key in sorted(found)]
+
+
+def _equal_ends(graph: MoleculeGraph, b: int, c: int, d: int) -> bool:
+    """Whether c has one neighbour besides b and d, and that is bonded as d is: names do not tell a protonated acid."""
+    others = [k for k in graph.neighbours[c] if k not in (b, d)]
+    ends = [(graph.elements[k], sorted(graph.elements[j] for j in graph.neighbours[k])) for k in (d, *others)]
+    return len(ends) == 2 and ends[0] == ends[1]
 
 
 def ramachandran_distances(generated: ArrayLike, data: ArrayLike, topology: Any, seed: int = 0) -> list[dict[str, Any]]:
@@ -204,7 +215,8 @@ def ramachandran_distances(generated: ArrayLike, data: ArrayLike, topology: Any,
 def chi_distances(generated: ArrayLike, data: ArrayLike, topology: Any, seed: int = 0) -> list[dict[str, Any]]:
     """`distribution_distance` of each side chain torsion χ1 to χ5, bins of 10 degrees.
 
-    χ2 of PHE, TYR and ASP and χ3 of GLU count modulo a half turn, which exchanges equal atoms.
+    χ2 of PHE, TYR and ASP and χ3 of GLU count modulo a half turn, which exchanges equal atoms; not where one of the
+    two oxygens is protonated.
 
     Parameters
     ----------

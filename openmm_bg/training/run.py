@@ -18,6 +18,7 @@ from openmm import unit  # isort: skip
 
 from openmm_bg.artifact import Flow, compress_text, topology_to_dict
 from openmm_bg.coordinates import CoordinateMap, MoleculeGraph, read_constraints
+from openmm_bg.coordinates.bond_lengths import COVALENT_RADII, check_bond_lengths
 from openmm_bg.coordinates.chirality import check_hands
 from openmm_bg.energy import ContextPool, Target, in_kelvin, make_context
 from openmm_bg.errors import EnergyError, InputError
@@ -33,15 +34,6 @@ from openmm_bg.training.trainer import Trainer, TrainingInterrupted
 
 logger = logging.getLogger(__name__)
 
-#: Covalent radii, nm (Cordero et al. 2008); elements that are not listed count as the largest.
-COVALENT_RADII = {"H": 0.031, "D": 0.031, "C": 0.076, "N": 0.071, "O": 0.066, "F": 0.057, "S": 0.105, "P": 0.107}
-LARGEST_RADIUS = 0.15
-#: A bond longer than this many times the sum of its radii was never a bond: another atom order.
-STRETCH = 1.4
-#: The same for frames after the first, where hot MD of a soft bond may have gone: broken, for all that is known.
-BROKEN = 2.0
-#: Frames looked at together.
-_BOND_FRAMES = 256
 #: Atoms closer than this many times the sum are bonded, whatever the topology says.
 CONTACT = 1.2
 
@@ -345,32 +337,14 @@ def _announce_refusals(system: openmm.System) -> None:
 
 
 def _check_bonds(positions: np.ndarray, graph: MoleculeGraph) -> None:
-    """A bond longer than any covalent one means that the frames have another atom order (or broken molecules).
+    """Frames whose bonds have possible lengths, and a topology that has them all.
 
     In the first frame, two atoms as close as bonded ones mean that the topology lacks a bond, such as the one that
     closes a ring.
     """
     if len(positions) == 0:
         raise InputError("The trajectory has no frames.")
-    radii = np.array([COVALENT_RADII.get(element, LARGEST_RADIUS) for element in graph.elements])
-    pairs = np.array([(a, b) for a in range(graph.n_atoms) for b in graph.neighbours[a] if a < b])
-    a, b = pairs.reshape(-1, 2).T
-    for start in range(0, len(positions), _BOND_FRAMES):
-        frames = np.asarray(positions[start : start + _BOND_FRAMES], dtype=np.float64)
-        infinite = np.flatnonzero(~np.isfinite(frames).all((1, 2)))
-        if len(infinite):
-            raise InputError(f"Frame {start + infinite[0]} of the trajectory has non-finite positions.")
-        length = np.linalg.norm(frames[:, a] - frames[:, b], axis=-1)
-        limit = np.full((len(frames), 1), BROKEN)
-        if start == 0:
-            limit[0] = STRETCH
-        broken = np.argwhere(length > limit * (radii[a] + radii[b]))
-        if len(broken):
-            frame, k = broken[0]
-            raise InputError(
-                f"In frame {start + frame} of the trajectory the bond {graph.label(a[k])} to {graph.label(b[k])} is "
-                f"{length[frame, k]:.2f} nm: another atom order, wrong units, or a molecule split by the periodic box."
-            )
+    check_bond_lengths(positions, graph, "the trajectory")
     frame = np.asarray(positions[0], dtype=np.float64)
     known = np.array([COVALENT_RADII.get(element, np.nan) for element in graph.elements])
     distance = np.linalg.norm(frame[:, None] - frame[None], axis=-1)

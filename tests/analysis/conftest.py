@@ -1,8 +1,10 @@
 """Molecules, frames and files that the tests of `evaluate` and of `report` share."""
 
+import importlib.util
 import itertools
 import json
 from importlib.resources import as_file, files
+from pathlib import Path
 
 import mdtraj
 import numpy as np
@@ -13,6 +15,16 @@ import openmm_bg as bg
 
 import openmm  # isort: skip
 from openmm import app, unit  # isort: skip
+
+
+@pytest.fixture(scope="session")
+def proteins():
+    """tests/coordinates/proteins.py, by its path: test folders are no packages."""
+    path = Path(__file__).parents[1] / "coordinates" / "proteins.py"
+    spec = importlib.util.spec_from_file_location("openmm_bg_test_proteins", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

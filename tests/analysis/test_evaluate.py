@@ -227,8 +227,16 @@ def test_reduced_flows_have_rigid_and_completed_weights(reduced, frames):
 
 
 def test_several_seeds(dipeptide, reduced, frames):
-    found = evaluate([reduced, reduced], frames[:50], n_samples=20, **ONE).figures["nll"]
-    assert len(found["flows"]) == 2 and found["total_sd"] == 0.0 and found["total_mean"] == found["flows"][1]["total"]
+    config = {**CONFIG, "seed": 7, "stages": [{**CONFIG["stages"][0], "steps": 20}]}
+    given = (dipeptide.system, dipeptide.topology, frames[:300], 300.0)
+    other = bg.train(*given, representation="reduced", config=config, **ONE)
+    found = evaluate([reduced, other], frames[:50], n_samples=20, **ONE).figures["nll"]
+    for key in ("total", "per_dof"):
+        first, second = (held_out_nll(flow, frames[:50])[key] for flow in (reduced, other))
+        assert [row[key] for row in found["flows"]] == pytest.approx([first, second], rel=1e-5)
+        assert abs(first - second) > 0.05 * abs(first)
+        assert found[f"{key}_mean"] == pytest.approx((first + second) / 2, rel=1e-5)
+        assert found[f"{key}_sd"] == pytest.approx(abs(first - second) / math.sqrt(2), rel=1e-3)  # of a sample of two
     with pytest.raises(InputError, match="different coordinates"):
         evaluate([dipeptide.flow, reduced], frames[:50], **ONE)
 
@@ -283,6 +291,23 @@ def test_frames_are_thinned_evenly(tmp_path, dipeptide, frames):
     found, _ = read_frames(path, dipeptide.topology, available=700)
     np.testing.assert_allclose(found, many[:700], atol=1e-5)
     assert any("Every 8th frame" in note for note in read_held_out(path, dipeptide.topology, limit=100).notes)
+    assert any("Every 2nd frame of" in note for note in read_held_out(path, dipeptide.topology, limit=400).notes)
+
+
+def test_training_frames_are_all_used_or_a_note_says_so(folder, tmp_path, dipeptide, frames):
+    """The nearest training frame is the nearest of all: 400 frames against tens of thousands cost seconds."""
+    path = tmp_path / "many.dcd"
+    save(path, np.concatenate([frames] * 17), dipeptide.topology)  # 20,400
+    found = read_held_out(folder / "test.dcd", dipeptide.topology, path)
+    assert len(found.training) == 20_400 and found.notes == ()
+    found = read_held_out(folder / "test.dcd", dipeptide.topology, path, training_limit=6000)
+    assert len(found.training) == 10_200
+    assert [note.split(" was used")[0] for note in found.notes] == [f"Every 2nd training frame of {path}"]
+    found = read_held_out(folder, dipeptide.topology, limit=20)  # of a folder: 50 frames, beside 40 held out
+    assert len(found.training) == 50 and len(found.positions) == 40 and found.notes == ()
+    found = read_held_out(folder, dipeptide.topology, training_limit=10)
+    np.testing.assert_allclose(found.training, frames[:50:3], atol=1e-5)
+    assert [note.split(" was used")[0] for note in found.notes] == [f"Every 3rd training frame of {folder}"]
 
 
 @pytest.mark.parametrize(
@@ -330,14 +355,14 @@ def test_wrong_input_is_one_sentence(arguments, message, shipped, tmp_path, fram
 def test_wrong_frames_and_flows(dipeptide, frames, tmp_path):
     bad = frames[:30].copy()
     bad[3, 2, 1] = np.nan
-    with pytest.raises(InputError, match=r"Frame 3 .* not finite"):
+    with pytest.raises(InputError, match=r"Frame 3 .* non-finite"):
         evaluate(dipeptide.flow, bad, **ONE)
-    with pytest.raises(InputError, match="other units"):
-        check_frames(10 * frames[:5], dipeptide.topology, dipeptide.positions, "the trajectory")
+    with pytest.raises(InputError, match="wrong units"):
+        check_frames(10 * frames[:5], dipeptide.topology, "the trajectory")
     later = frames[:600].copy()
     later[570:, 10:] += 3.0  # half of the molecule in the next periodic image, and not before frame 570
     with pytest.raises(InputError, match=r"frame 570 of the trajectory .* periodic box"):
-        check_frames(later, dipeptide.topology, dipeptide.positions, "the trajectory")
+        check_frames(later, dipeptide.topology, "the trajectory")
     with pytest.raises(InputError, match="22, 3"):
         evaluate(dipeptide.flow, frames[:, :4], **ONE)
     with pytest.raises(InputError, match="training trajectory"):

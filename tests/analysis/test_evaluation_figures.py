@@ -17,6 +17,7 @@ from openmm_bg.analysis.embedding import embed
 from openmm_bg.analysis.novelty import heavy_atoms, minimise, nearest_rmsd
 from openmm_bg.analysis.residues import (
     chi_distances,
+    chi_torsions,
     distribution_distance,
     js_divergence,
     ramachandran_distances,
@@ -261,6 +262,38 @@ def test_chi_distances_of_a_protein(villin):
     changed = {(r["residue"], r["chi"]) for r in chi_distances(other, data, topology) if r["generated"] > 0.9}
     assert changed == {(f"LEU{side.index + 1}", 1)}
     assert atoms[index["CB"]].residue is side
+
+
+def test_half_turns_count_only_between_equal_atoms(proteins):
+    """Acids are ASP and GLU for everybody who names them, with or without the proton that tells their oxygens apart."""
+    names = ["ACE", "ASP", "ASH", "GLU", "GLH", "PHE", "TYR", "HIP", "ASN", "GLN", "LEU", "NME"]
+    topology = proteins.build_topology("amber14-all.xml", names)
+    for residue in topology.residues():
+        residue.name = {"ASH": "ASP", "GLH": "GLU"}.get(residue.name, residue.name)
+    folded = [(t.residue, t.number) for t in chi_torsions(topology) if t.fold]
+    assert folded == [("ASP2", 2), ("GLU4", 3), ("PHE6", 2), ("TYR7", 2)]
+    frame = proteins.idealised(topology)
+    index = {(a.residue.index, a.name): a.index for a in topology.atoms()}
+    rng = np.random.default_rng(12)
+    for k, end, number, changed in ((1, ("CB", "CG"), 2, 0.0), (2, ("CB", "CG"), 2, 1.0), (4, ("CG", "CD"), 3, 1.0)):
+        half = turned(topology, frame, (index[k, end[0]], index[k, end[1]]), np.pi)
+        data, other = (x + rng.normal(0, 1e-4, (20, *frame.shape)) for x in (frame, half))
+        (row,) = (
+            r for r in chi_distances(other, data, topology) if (r["residue"][3:], r["chi"]) == (f"{k + 1}", number)
+        )
+        assert row["generated"] == pytest.approx(changed, abs=0.3), (k, number)
+
+
+def test_each_chi_once(proteins):
+    """Hydroxyproline's second χ runs along its ring, not to the hydroxyl."""
+    names = ["ACE", "HYP", "ILE", "THR", "VAL", "PRO", "ARG", "HYP", "NME"]
+    topology = proteins.build_topology("amber14-all.xml", names)
+    atoms, found = list(topology.atoms()), chi_torsions(topology)
+    rows = [(t.residue, t.number) for t in found]
+    assert rows == sorted(set(rows), key=lambda row: (int(row[0][3:]), row[1]))
+    assert rows.count(("ARG7", 5)) == 1
+    ends = {(t.residue, t.number): atoms[t.atoms[0][3]].name for t in found}
+    assert ends["HYP2", 2] == ends["HYP8", 2] == "CD" and ends["HYP2", 1] == "CG" and ends["ILE3", 2] == "CD1"
 
 
 # ------------------------------------------------------------------ clashes, hands, amides

@@ -10,7 +10,7 @@ from openmm import app, unit
 from openmm_bg.coordinates import CoordinateMap, MoleculeGraph, build_zmatrix, place_like
 from openmm_bg.errors import InputError
 
-AMBER, CHARMM = "amber14-all.xml", "charmm36.xml"
+AMBER, AMBER19, CHARMM = "amber14-all.xml", "amber19-all.xml", "charmm36.xml"
 #: Amber's residues inside a chain; CYX has a bond to another one and comes below.
 INNER = (
     "ALA ARG ASH ASN ASP CYM CYS GLH GLN GLU GLY HID HIE HIP HYP ILE LEU LYN LYS MET PHE PRO SER THR TRP TYR VAL"
@@ -38,6 +38,9 @@ def random_sequences() -> dict[str, tuple[str, list[str]]]:
     for k, (a, b) in enumerate(zip(first, last, strict=True)):
         found[f"ends-N{a}-C{b}"] = (AMBER, ["N" + a, INNER[k], "C" + b])
     found["ends-NSER-CHYP"] = (AMBER, ["NSER", "CYS", "CHYP"])
+    found["amber19-caps"] = (AMBER19, found["amber-caps"][1])
+    found["amber19-amide"] = (AMBER19, found["amber-amide"][1])
+    found["amber19-ends"] = (AMBER19, ["NARG", *ENDS[:10], "CTYR"])
     return found
 
 
@@ -179,19 +182,53 @@ def test_coordinates_of(proteins, build, name):
     check_torsions(proteins, mol, reduced)
 
 
-@pytest.mark.parametrize("field", [AMBER, "amber19-all.xml"])
-def test_every_template_is_tried(proteins, field):
-    """No amino acid or cap of amber14 and amber19 is left out, and none of charmm36's twenty."""
+def test_every_template_is_tried(proteins):
+    """No amino acid or cap of amber14 is left out, and none of charmm36's twenty."""
     names = {name for source, names in SEQUENCES.values() if source == AMBER for name in names}
     names |= {name for names, _ in DISULFIDES.values() for name in names}
-    known = {
-        name
-        for name, found in proteins.force_field(field)._templates.items()
-        if {"N", "CA", "C"} <= {a.name for a in found.atoms} or name in ("ACE", "NME", "NHE")
-    }
-    assert known == names
+    assert amino_acids(proteins, AMBER) == names
     charmm = {name.split("+")[0] for source, names in SEQUENCES.values() if source == CHARMM for name in names}
     assert len({"HIS" if name.startswith("HS") else name for name in charmm} - {"CYM"}) == 20
+
+
+def amino_acids(proteins, field: str) -> set[str]:
+    """Templates of amino acids and caps."""
+    templates = proteins.force_field(field)._templates
+    return {
+        name
+        for name, found in templates.items()
+        if {"N", "CA", "C"} <= {a.name for a in found.atoms} or name in ("ACE", "NME", "NHE")
+    }
+
+
+def test_amber19_has_amber14s_residues(proteins):
+    """The same names with the same atoms and bonds, but for names within two caps: what holds of one holds of both.
+
+    Whole molecules of amber19 are among those of `test_coordinates_of` all the same, and below with its Systems.
+    """
+    names = amino_acids(proteins, AMBER19)
+    assert names == amino_acids(proteins, AMBER)
+    for name in names:
+        graphs = []
+        for field in (AMBER, AMBER19):
+            found = proteins.template(field, name)
+            label = [a.element.symbol if name in ("ACE", "NME") else a.name for a in found.atoms]
+            graphs.append((sorted(label), sorted(tuple(sorted((label[i], label[j]))) for i, j in found.bonds)))
+        assert graphs[0] == graphs[1], name
+
+
+@pytest.mark.parametrize("name", ["amber19-caps", "amber19-amide", "amber19-ends"])
+def test_systems_of_amber19(proteins, build, name):
+    """The force field knows the molecule, and its own constraints are lengths of the coordinates."""
+    mol = build(name)
+    options = {"constraints": app.HBonds, "hydrogenMass": 3.0 * unit.dalton}
+    system = proteins.force_field(AMBER19).createSystem(mol.topology, **options)
+    hydrogens = sum(a.element.symbol == "H" for a in mol.topology.atoms())
+    for representation in ("full", "reduced"):
+        m = mol.map(representation, system)
+        assert len(m.constraints.bonds) == system.getNumConstraints() == hydrogens
+        check_round_trip(m, mol.x[:2])
+        check_fixman_blocks(mol, m, representation == "reduced")
 
 
 @pytest.mark.parametrize("name", ["amber-caps", "amber-amide"])
@@ -302,6 +339,7 @@ def test_caps_belong_to_the_backbone(proteins):
     for field, names, expected in (
         (AMBER, ["ACE", "ALA", "NME"], ["CH3", "C", "N", "CA", "C", "N", "CH3"]),
         (AMBER, ["ACE", "ALA", "NHE"], ["CH3", "C", "N", "CA", "C", "N"]),
+        (AMBER19, ["ACE", "ALA", "NME"], ["CH3", "C", "N", "CA", "C", "N", "C"]),
         (CHARMM, ["ALA+ACE", "SER+CT3"], ["N", "CA", "C", "CAY", "CY", "N", "CA", "C", "NT", "CAT"]),
     ):
         topology = proteins.build_topology(field, names)

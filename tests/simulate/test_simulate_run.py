@@ -1,5 +1,6 @@
 """`openmm-bg simulate` from a structure to training: complete, interrupted, killed, continued, made longer."""
 
+import itertools
 import json
 import shutil
 import signal
@@ -107,10 +108,16 @@ def test_the_system_is_the_one_that_ran(finished):
             assert np.abs(np.linalg.norm(xyz[:, i] - xyz[:, j], axis=1) - length._value).max() < 1e-5
 
 
-def test_replicas_differ(finished):
-    first = [frames(finished, name)[0] for name in NAMES]
-    for a, b in ((0, 1), (0, 2), (1, 2)):
-        assert np.linalg.norm(first[a] - first[b], axis=-1).max() > 0.02
+def test_replicas_differ(dipeptide, tmp_path):
+    """In shape, not by tumbling: starts lie several times farther apart, superposed, than frames 20 fs apart."""
+    protocol = Protocol(length=0.4, interval=0.02, replicas=3, heating=10.0, equilibration=5.0)
+    simulate(dipeptide, tmp_path / "md", protocol, platform="Reference", progress=False)
+    found = [mdtraj.Trajectory(frames(tmp_path / "md", name), None) for name in protocol.names]
+    step = np.median([mdtraj.rmsd(t[k + 1], t[k])[0] for t in found for k in range(len(t) - 1)])
+    for a, b in itertools.combinations(found, 2):
+        assert mdtraj.rmsd(a[0], b[0])[0] > 2 * step
+    turned = mdtraj.Trajectory(found[0].xyz[:1, :, [1, 2, 0]] + 1.0, None)  # a start that has tumbled, and nothing else
+    assert mdtraj.rmsd(turned, found[0][0])[0] < 0.1 * step
 
 
 def test_training_data_leave_the_test_alone(finished):
