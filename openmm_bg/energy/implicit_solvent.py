@@ -168,17 +168,18 @@ def agreement(system: openmm.System, twin: openmm.System, positions: Any) -> Agr
     """
     frames: NDArray[np.float64] = np.asarray(positions, dtype=np.float64)
     contexts = [make_context(system), make_context(twin)]
-    solvent = make_context(_solvent_alone(twin))
+    if not all(isinstance(force, openmm.GBSAOBCForce) for force in twin.getForces()):
+        contexts.append(make_context(_solvent_alone(twin)))
     energy = relative_energy = relative_force = 0.0
     for frame in frames:
         values = []
-        for context in (*contexts, solvent):
+        for context in contexts:
             context.setPositions(frame)
             state = context.getState(energy=True, forces=True)
             values.append((state.getPotentialEnergy()._value, state.getForces(asNumpy=True)._value))
         if not all(math.isfinite(e) and np.isfinite(f).all() for e, f in values):
             raise EnergyError("The System has no finite energy on the frames that its implicit solvent is compared on.")
-        (e0, f0), (e1, f1), (e, f) = values
+        (e0, f0), (e1, f1), (e, f) = values[0], values[1], values[-1]
         energy = max(energy, abs(e0 - e1))
         relative_energy = max(relative_energy, abs(e0 - e1) / max(abs(e), 1e-30))
         relative_force = max(relative_force, np.abs(f0 - f1).max() / max(np.abs(f).max(), 1e-30))
@@ -196,7 +197,7 @@ class EqualSolvent:
         found = self.agreement
         return (
             "The CustomGBForce of OBC2 has an equal, faster form, GBSAOBCForce: on "
-            f"{found.n_frames} frames energies agree to {found.relative_energy:.0e} and forces to "
+            f"{_frames(found.n_frames)} energies agree to {found.relative_energy:.0e} and forces to "
             f"{found.relative_force:.0e} of the solvent's own."
         )
 
@@ -241,14 +242,18 @@ def find_equal_solvent(system: openmm.System, positions: Any) -> EqualSolvent | 
     if whole is None:
         logger.warning(
             "The CustomGBForce is evaluated as it is, though its expressions are OBC2's: the built-in force differs "
-            "from it by %.2g kJ/mol on %d frames.",
+            "from it by %.2g kJ/mol on %s.",
             compared.energy,
-            compared.n_frames,
+            _frames(compared.n_frames),
         )
         return None
     equal = EqualSolvent(whole, compared)
     logger.info("%s", equal)
     return equal
+
+
+def _frames(count: int) -> str:
+    return f"{count} frame{'s' * (count != 1)}"
 
 
 def _solvent_alone(system: openmm.System) -> openmm.System:

@@ -89,7 +89,7 @@ class TwinWorkers:
     InputError
         A System that no twin can be made of.
     EnergyError
-        The twin differs from OpenMM, or the GPU cannot be used.
+        The twin differs from OpenMM, the GPU cannot be used, or memory does not hold what the twin knows of all pairs.
     """
 
     double = True
@@ -191,14 +191,16 @@ class TwinWorkers:
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:
-        """Say of errors of a GPU, be they its driver's, Triton's or torch's, that they are."""
+        """Say of errors of a GPU, be they its driver's, Triton's or torch's, that they are, and what memory lacks."""
         try:
             yield
-        except RuntimeError as error:
-            if not self.on_gpu or isinstance(error, EnergyError):
+        except (MemoryError, RuntimeError) as error:
+            lacking = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)  # numpy's, and torch's
+            if isinstance(error, EnergyError) or not (lacking or self.on_gpu):
                 raise
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise EnergyError(f"The GPU cannot evaluate the System ({lines[0].rstrip('.')}).") from error
+            what = "Memory is too small for a torch twin of" if lacking else "The GPU cannot evaluate"
+            raise EnergyError(f"{what} the System ({lines[0].rstrip('.')}).") from error
 
     def _require_alive(self) -> None:
         if self._closed:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch  # noqa: F401  (before openmm)
 
-from openmm_bg.energy import ContextPool, implicit_solvent, tune, tuning
+from openmm_bg.energy import ContextPool, implicit_solvent, snapshot, tune, tuning
 from openmm_bg.energy.workers import Workers
 from openmm_bg.errors import EnergyError
 
@@ -96,6 +96,31 @@ def test_what_the_clones_hold(make_context, obc2, frames):
         assert "CustomGBForce" in kinds(pool) and "GBSAOBCForce" not in kinds(pool)
         assert not pool.equal_solvent
         np.testing.assert_allclose(pool.energies(frames), equal, rtol=1e-10)
+
+
+@pytest.mark.parametrize("spoil", [False, True])
+@pytest.mark.parametrize("most, count", [(22, 2), (21, 1)])
+def test_a_large_system_is_verified_on_one_frame_and_no_form_twice(
+    make_context, obc2, caplog, monkeypatch, request, most, count, spoil
+):
+    if spoil:
+        request.getfixturevalue("spoiled")
+    evaluated = []
+
+    def make(system: openmm.System) -> openmm.Context:
+        evaluated.append({type(force).__name__ for force in system.getForces()})
+        return snapshot.make_context(system)
+
+    monkeypatch.setattr(tuning, "TWO_FRAMES", most)
+    monkeypatch.setattr(implicit_solvent, "make_context", make)
+    with (
+        caplog.at_level(logging.INFO, logger="openmm_bg"),
+        ContextPool(make_context("Reference", obc2), platform="Reference", n_workers=1) as pool,
+    ):
+        assert pool.equal_solvent != spoil
+    assert evaluated == [{"CustomGBForce"}, {"GBSAOBCForce"}]
+    frames, level = f"on {count} frame{'s' * (count > 1)}", logging.WARNING if spoil else logging.INFO
+    assert said(caplog, f"{frames}." if spoil else f"{frames} energies", level) == 1
 
 
 def test_sync_follows_parameters_that_were_pushed(make_context, obc2, frames, caplog):

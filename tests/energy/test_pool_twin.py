@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from openmm_bg.energy import ContextPool, choices, tune, tuning, twin_workers
-from openmm_bg.energy.twin import kernels
+from openmm_bg.energy.snapshot import read_state
+from openmm_bg.energy.twin import kernels, nonbonded
 from openmm_bg.errors import EnergyError, InputError
 
 import openmm  # isort: skip
@@ -255,6 +256,22 @@ def test_a_twin_that_disagrees_gives_way_to_contexts(make_context, frames, caplo
         assert np.isfinite(fallen.energies(frames)).all()
     assert len(messages(caplog)) == 1
     assert "differs from the Context by 0.001" in messages(caplog)[0]
+
+
+@pytest.mark.parametrize("library", [np, torch], ids=["numpy", "torch"])
+def test_a_system_too_large_for_memory_gives_way_to_contexts(context, caplog, monkeypatch, library):
+    """As if its tables of all pairs were of 2^53 bytes, whoever allocates them."""
+    monkeypatch.setattr(nonbonded, "upper", lambda _: library.empty(2**50, dtype=library.float64))
+    x = context.getState(positions=True).getPositions(asNumpy=True)._value[None]
+    with pytest.raises(EnergyError, match=r"^Memory is too small for a torch twin of the System \(.*allocate.*\)\.$"):
+        twin_workers.TwinWorkers(context.getSystem(), read_state(context), 1)
+    report = tune(context, effort="full")
+    (row,) = [row for row in report.rows if row.platform == "twin"]
+    assert row.frames_per_second is None and row.note.startswith("Memory is too small")
+    assert report.chosen.platform in PLATFORMS
+    with ContextPool(context, platform="twin") as pool:
+        assert pool.platform in PLATFORMS and np.isfinite(pool.energies(x)).all()
+    assert "instead of a torch twin: Memory is too small" in caplog.text
 
 
 def test_an_inconsistent_context_is_refused(make_context, spring):

@@ -14,6 +14,8 @@ import torch
 
 from openmm_bg.energy import SystemTwin
 from openmm_bg.energy.twin import kernels, triton_kernels
+from openmm_bg.energy.twin.evaluator import Evaluator
+from openmm_bg.energy.twin.system import Forces
 from openmm_bg.errors import EnergyError, InputError
 
 import openmm  # isort: skip
@@ -37,6 +39,10 @@ EVERYTHING = (
     "+recip(r)+min(r,0.2)+max(r,s1)+min(q1,r*q2)+abs(r-0.3)+floor(9*r)+ceil(7*r)+select(step(0.3-r),r^3,s1)+r^1.5+s1^r"
     "+select(floor(4*r),1,2)+r^-5*1e-3)"
 )
+
+
+#: Functions of the reciprocal of what the second particle alone has.
+OF_THE_SECOND = "max(1/(1+B2),0.1)+sinh(1/(1+B2))+tan(1/(2+B2))+(1/(3+B2))^1.5+select(step(B2-1.2),1/(4+B2),0.3)"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -266,6 +272,7 @@ def test_a_mask_of_the_second_particle_alone(backend):
     force.addPerParticleParameter("q")
     force.addComputedValue("B", "q2*exp(-r/0.1)", force.ParticlePair)
     force.addEnergyTerm("q1*select(step(B2-1.5), r*B1, 2*r^2*B2+min(B1,1.5))", force.ParticlePair)
+    force.addEnergyTerm(f"q1*r*({OF_THE_SECOND})", force.ParticlePair)
     for i in range(N):
         system.addParticle(1.0)
         force.addParticle([0.5 + 0.1 * i])
@@ -274,9 +281,51 @@ def test_a_mask_of_the_second_particle_alone(backend):
     assert twin.backend == backend and twin.deviation.relative_force < 1e-12
 
 
+@pytest.mark.parametrize(
+    "backend, block",
+    [
+        ("torch", None),
+        pytest.param("c++", 16, marks=needs_compiler),
+        pytest.param("c++", 2**20, marks=needs_compiler),  # a deliberate error, which must show
+    ],
+)
+def test_pairs_in_single_precision_are_not_added_up_in_it(monkeypatch, backend, block):
+    """Half a million numbers of 24 bits each, of whose sums single precision would lose more with every pair.
+
+    Torch adds them up in double precision. In C++ that holds for sums of a few, each addition to which rounds by half a
+    unit at most. An atom's sum is rounded when it is handed on.
+    """
+    assert kernels.BLOCK == 16
+    if block is not None:
+        monkeypatch.setattr(kernels, "BLOCK", block)
+    n, large = 1000, 0xAAAAAB
+    system, force = openmm.System(), openmm.CustomNonbondedForce(f"{large}+step(r-1000)")
+    born = openmm.CustomGBForce()
+    born.addComputedValue("I", f"{large}+step(r-1000)", born.ParticlePair)
+    born.addEnergyTerm("I", born.SingleParticle)
+    for _ in range(n):
+        system.addParticle(1.0), force.addParticle([]), born.addParticle([])
+    for each in (force, born):
+        system.addForce(each)
+    evaluator = Evaluator(Forces(system), torch.float32, torch.device("cpu"))
+    assert backend == "torch" or evaluator.compile(backend) is None
+    evaluator.prepare({})
+    x = torch.rand(3, n, 16, generator=torch.Generator().manual_seed(0))
+    energies, _ = evaluator._energy.evaluate(x, {})
+    (sums,) = evaluator._sums.evaluate(x, {})[1].values()
+    assert energies.dtype == torch.float64 and sums.dtype == torch.float32 and sums.shape == (n, 16)
+    unit = 2.0**-24
+    slack = 0.0 if backend == "torch" else 16 * unit
+    right = energies / (n * (n - 1) // 2 * large) - 1.0
+    right_sums = sums.double() / ((n - 1) * large) - 1.0
+    print(right.abs().max() / unit, right_sums.abs().max() / unit)
+    held = bool((right.abs() <= slack).all()), bool((right_sums.abs() <= slack + unit).all())
+    assert held == ((False, False) if block == 2**20 else (True, True))
+
+
 @needs_compiler
 @pytest.mark.parametrize(
-    "right, wrong", [("j = i + 1", "j = i + 2"), ("total[l] += double(e[l])", "total[l] += 1.001 * double(e[l])")]
+    "right, wrong", [("begin = i + 1", "begin = i + 2"), ("total[l] += row[l]", "total[l] += 1.001 * row[l]")]
 )
 def test_wrong_code_is_noticed(monkeypatch, right, wrong):
     assert right in kernels.LOOPS

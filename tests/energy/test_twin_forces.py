@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import itertools
 import math
 
 import numpy as np
@@ -197,6 +198,55 @@ def test_atoms_in_a_line_have_openmms_forces():
     straight[0, :3] = [[0, 0, 0], [0.1, 0, 0], [0.2, 0, 0]]
     twin = SystemTwin(holding(force), straight)
     assert twin.deviation.force < 1e-9
+
+
+def custom_torsions():
+    force = openmm.CustomTorsionForce("k*theta^2")
+    force.addPerTorsionParameter("k")
+    for i in range(N - 3):
+        force.addTorsion(i, i + 1, i + 2, i + 3, [1.0 + i])
+    return force
+
+
+LINE = [(0.0, 0.0, 0.0), (0.1, 0.0, 0.0), (0.3, 0.0, 0.0), (0.7, 0.0, 0.0)]
+
+
+@pytest.mark.parametrize(
+    "make, place",
+    [
+        *itertools.product(
+            (periodic_torsions, rb_torsions, custom_torsions, cmap),
+            [
+                dict(zip((0, 1, 2), LINE, strict=False)),
+                dict(zip((1, 2, 3), LINE, strict=False)),
+                dict(zip((0, 1, 2, 3), LINE, strict=False)),
+                {0: 1},
+                {1: 2},
+                {2: 3},
+            ],
+        ),
+        # Its sign is rounding's, and must not matter.
+        (rb_torsions, {0: 2}),
+        (custom_torsions, {0: 2}),
+    ],
+)
+def test_torsions_that_are_none_have_openmms_energies(make, place):
+    """Three atoms in a line, or two on one spot: a quarter of a turn, and forces that are no numbers."""
+    force = make()
+    twin = SystemTwin(holding(force), FRAMES[:1])
+    frames = FRAMES[:3].copy()
+    for atom, where in place.items():
+        frames[1, atom] = frames[1, where] if isinstance(where, int) else where
+    context = openmm.Context(
+        holding(force), openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference")
+    )
+    context.setPositions(frames[1])
+    state = context.getState(energy=True, forces=True)
+    energies, forces = twin.energies_and_forces(frames)
+    assert energies[1] == pytest.approx(state.getPotentialEnergy()._value, rel=1e-8, abs=1e-8)
+    assert np.isnan(state.getForces(asNumpy=True)._value).any() and not forces[1].any()
+    np.testing.assert_array_equal(energies[[0, 2]], twin.energies(FRAMES)[[0, 2]])
+    assert forces[[0, 2]].any(axis=(1, 2)).all()
 
 
 # ---------------------------------------------------------------- nonbonded
@@ -431,6 +481,18 @@ def test_forces_without_energy_are_skipped():
     agrees(harmonic_bonds(), openmm.CMMotionRemover(), openmm.AndersenThermostat(300.0, 1.0))
 
 
+def born(values: str, count: int = N) -> openmm.CustomGBForce:
+    """With computed values of single particles (s) and of pairs (p)."""
+    force = openmm.CustomGBForce()
+    for k, kind in enumerate(values):
+        text, of = ("1", force.SingleParticle) if kind == "s" else ("r", force.ParticlePair)
+        force.addComputedValue(f"I{k}", text, of)
+    force.addEnergyTerm("I0" if values else "1", force.SingleParticle)
+    for _ in range(count):
+        force.addParticle([])
+    return force
+
+
 def periodic_bonds():
     force = harmonic_bonds()
     force.setUsesPeriodicBoundaryConditions(True)
@@ -453,12 +515,77 @@ def with_method(force, method):
         (lambda: with_method(nonbonded(), openmm.NonbondedForce.PME), "periodic|cutoff"),
         (lambda: with_method(custom_nonbonded("r"), openmm.CustomNonbondedForce.CutoffNonPeriodic), "cutoff"),
         (lambda: with_method(gbsa(), openmm.GBSAOBCForce.CutoffNonPeriodic), "cutoff"),
-        (lambda: openmm.CustomGBForce(), "CustomGBForce without computed values"),
+        (lambda: born(""), "CustomGBForce without computed values"),
+        *((lambda values=values: born(values), "computed values are not one of pairs") for values in ("s", "sp", "pp")),
     ],
 )
 def test_what_it_does_not_know_is_refused(make, word):
     with pytest.raises(InputError, match=f"{word}.*Context pool"):
         SystemTwin(holding(make()), FRAMES)
+
+
+@pytest.mark.parametrize("values", ["s", "sp", "pp"])
+def test_openmm_refuses_these_computed_values_too(values):
+    with pytest.raises(openmm.OpenMMException, match="computed value"):
+        openmm.Context(
+            holding(born(values)), openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference")
+        )
+
+
+def few(force, count):
+    for _ in range(count):
+        force.addParticle(*([[]] if isinstance(force, openmm.CustomNonbondedForce) else [0.1, 0.1, 0.5]))
+    return force
+
+
+@pytest.mark.parametrize("kind", ["NonbondedForce", "CustomNonbondedForce", "GBSAOBCForce", "CustomGBForce"])
+@pytest.mark.parametrize("count", [0, N - 1, N + 1])
+def test_a_force_of_more_or_fewer_particles_is_refused(kind, count):
+    makers = {
+        "NonbondedForce": lambda: few(openmm.NonbondedForce(), count),
+        "CustomNonbondedForce": lambda: few(openmm.CustomNonbondedForce("r"), count),
+        "GBSAOBCForce": lambda: few(openmm.GBSAOBCForce(), count),
+        "CustomGBForce": lambda: born("p", count),
+    }
+    with pytest.raises(InputError, match=f"^The {kind} has {count} particles, the System {N}: make them equal.$"):
+        SystemTwin(holding(makers[kind]()), FRAMES)
+
+
+def missing_parameter():
+    force = openmm.CustomBondForce("k*r")
+    force.addPerBondParameter("k")
+    force.addBond(0, 1, [])
+    return force
+
+
+def excluded_stranger():
+    force = few(openmm.CustomNonbondedForce("r"), N)
+    force.addExclusion(0, 50)
+    return force
+
+
+def nonbonded_with(change):
+    force = few(openmm.NonbondedForce(), N)
+    force.addGlobalParameter("lambda", 0.5)
+    change(force)
+    return force
+
+
+@pytest.mark.parametrize(
+    "make, word",
+    [
+        (missing_parameter, "number of parameters"),
+        (excluded_stranger, "exclusion"),
+        (lambda: nonbonded_with(lambda force: force.addException(0, 50, 0.1, 0.1, 0.1)), "exception: 50"),
+        (lambda: nonbonded_with(lambda force: force.addParticleParameterOffset("lambda", 50, 1, 1, 1)), "50"),
+        (lambda: nonbonded_with(lambda force: force.addExceptionParameterOffset("lambda", 50, 1, 1, 1)), "50"),
+    ],
+)
+def test_what_openmm_refuses_is_refused_in_its_words(make, word):
+    with pytest.raises(InputError, match=f"OpenMM cannot make a Context of the System: .*{word}"):
+        system = holding()
+        system.addForce(make())
+        SystemTwin(system, FRAMES)
 
 
 def test_virtual_sites_are_refused():

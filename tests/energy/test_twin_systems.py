@@ -14,6 +14,7 @@ import torch
 
 from openmm_bg.energy import ContextPool, SystemTwin, reduced_energy, thermal_energy
 from openmm_bg.energy.twin import triton_kernels
+from openmm_bg.energy.twin.twin import ninther
 from openmm_bg.errors import InputError
 
 import openmm  # isort: skip
@@ -105,6 +106,35 @@ def test_single_precision_far_from_the_origin(alanine):
     assert twin.deviation_in_use.energy < 5e-3 and twin.deviation_in_use.relative_force < 1e-5
     here, there = twin.energies(frames), twin.energies(frames + 300.0)
     np.testing.assert_allclose(there, here, atol=5e-3)
+
+
+@pytest.mark.parametrize("count", [1, 8])
+@pytest.mark.parametrize("dtype, away", [(torch.float32, 1e4), (torch.float32, 1e6), (torch.float64, 1e14)])
+def test_particles_far_away_spoil_no_other(alanine, dtype, away, count):
+    """Free ones, as ions without a wall: the molecule's energy is as precise as without them."""
+    system, rng = copy.deepcopy(alanine[1]), np.random.default_rng(0)
+    charges = next(f for f in system.getForces() if isinstance(f, openmm.NonbondedForce))
+    for k in range(count):
+        system.addParticle(20.0), charges.addParticle(float(k == 0), 0.1, 0.5)
+    frames = np.concatenate((jittered(alanine[2], 6), rng.normal(scale=3.0, size=(6, count, 3))), axis=1)
+    twin = SystemTwin(system, frames[:2], dtype=dtype)
+    frames[:, 22:] *= away
+    alone = SystemTwin(alanine[1], frames[:2, :22])
+    energies, forces = twin.energies_and_forces(frames)
+    right, right_forces = alone.energies_and_forces(frames[:, :22])
+    assert np.ptp(right) > 1.0
+    # As precise as the other tests of one precision find the molecule alone, to which the charge is nothing.
+    digits = 1e-12 if dtype == torch.float64 else 1e-5
+    np.testing.assert_allclose(energies, right, atol=digits * 500.0, rtol=0.0)
+    np.testing.assert_allclose(forces[:, :22], right_forces, atol=digits * np.abs(right_forces).max(), rtol=0.0)
+
+
+def test_a_ninther_is_among_the_middle_ones():
+    x = torch.randn(200, 9, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = ninther(x)
+    assert found.shape == (200, 1, 3)
+    rank = (x < found).sum(1)
+    assert rank.min() >= 3 and rank.max() <= 5 and rank.unique().tolist() == [3, 4, 5]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

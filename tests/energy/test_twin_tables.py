@@ -8,6 +8,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from openmm_bg.energy.twin import SystemTwin, kernels, tables
 from openmm_bg.errors import EnergyError, InputError
@@ -41,9 +42,11 @@ def places(n: int) -> np.ndarray:
     return np.concatenate((edges, inner, inner + 3.0 * (high - low)))
 
 
-def singles(n: int, made: openmm.TabulatedFunction, energy: str) -> tuple[openmm.System, np.ndarray]:
+def singles(
+    n: int, made: openmm.TabulatedFunction, energy: str, points: np.ndarray | None = None
+) -> tuple[openmm.System, np.ndarray]:
     """A particle for each point, whose parameters p0, p1, p2 are the point; X, y, z are zero where it is."""
-    force, system, points = openmm.CustomGBForce(), openmm.System(), places(n)
+    force, system, points = openmm.CustomGBForce(), openmm.System(), places(n) if points is None else points
     for name in ("o", *(f"p{k}" for k in range(n))):
         force.addPerParticleParameter(name)
     force.addTabulatedFunction("f", made)
@@ -88,6 +91,35 @@ def test_few_knots(sizes):
     assert SystemTwin(*singles(3, made, slope(3))).deviation.force < 1e-11
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_discrete_functions_go_on_beyond_their_ends(n):
+    """Each argument for itself, on both sides; and halfway between two whole numbers the upper one counts."""
+    sizes = (3, 4, 5)[:n]
+    values = np.random.default_rng(n).normal(size=sizes)
+    kind = (openmm.Discrete1DFunction, openmm.Discrete2DFunction, openmm.Discrete3DFunction)[n - 1]
+    made = kind(*(sizes if n > 1 else ()), values.ravel(order="F"))
+    axes = [[-1e9, -0.7, -0.5, 0.5, 1.5, size - 0.4, 1e9] for size in sizes]
+    points = np.array(list(itertools.product(*axes)))
+    system, frames = singles(n, made, value(n), points)
+    right = values[tuple(np.clip(np.floor(points + 0.5), 0, np.array(sizes) - 1).astype(int).T)]
+    for dtype, digits in ((torch.float64, 1e-14), (torch.float32, 1e-6)):
+        twin = SystemTwin(system, frames, dtype=dtype)
+        assert twin.deviation_in_use.force < digits * 10.0
+        np.testing.assert_allclose(twin.energies_and_forces(frames)[1][0, :, 0], right, rtol=digits)
+
+
+def test_pairs_beyond_the_end_of_a_discrete_function():
+    force, system = openmm.CustomNonbondedForce("f(10*r)"), openmm.System()
+    force.addTabulatedFunction("f", openmm.Discrete1DFunction([5.0, 6.0, 7.0]))
+    for _ in range(2):
+        system.addParticle(1.0), force.addParticle([])
+    system.addForce(force)
+    frames = np.zeros((4, 2, 3))
+    frames[:, 1, 0] = [0.04, 0.1, 0.2, 0.5]
+    twin = SystemTwin(system, frames)
+    assert twin.deviation.energy == 0.0 and twin.energies(frames).tolist() == [5.0, 6.0, 7.0, 7.0]
+
+
 @pytest.mark.parametrize("factor", [1.0 + 1e-4, -1.0])
 def test_wrong_slopes_are_noticed(monkeypatch, factor):
     plain = tables.spline_slopes
@@ -114,6 +146,33 @@ def test_no_number_makes_no_number(n):
         if n > 1:
             given[k - 1] = given[k - 1] + 100.0
             assert table.evaluate((0,) * n, *given) == 0.0
+
+
+def test_no_number_makes_no_number_of_a_discrete_function():
+    table = tables.read_table("f", openmm.Discrete2DFunction(2, 3, np.arange(6.0)))
+    x, y = torch.tensor([0.0, torch.nan, 1.0], dtype=torch.float64), torch.tensor([torch.nan, 50.0, 50.0])
+    assert torch.isnan(table.evaluate((0, 0), x, y.double())).tolist() == [True, True, False]
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that torch hands to a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.__name__.split(".")[0])
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_number_among_the_arguments_is_written_on_the_device():
+    """To copy it there would wait for a GPU at each call; this device has no memory, but takes all operations."""
+    x = torch.zeros(5, dtype=torch.float64, device="meta")
+    with Operations() as done:
+        first, second = tables._tensors((x, 0.2))
+    assert first.shape == second.shape == x.shape and second.device == x.device
+    assert "new_full" in done.names and not {"_to_copy", "lift_fresh"} & set(done.names)
 
 
 def solvent() -> tuple[openmm.System, np.ndarray]:

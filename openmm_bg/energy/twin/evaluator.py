@@ -32,7 +32,8 @@ class Evaluator:
     forces
         The terms; their parameters are prepared here, so that an evaluator needs terms of its own.
     dtype, device
-        Where and how precisely terms are evaluated. Their sums are float64.
+        Where and how precisely terms are evaluated, and gradients added up. Energies and sums over an atom's pairs are
+        added up in float64, in C++ from sums of a few (`kernels.BLOCK`).
 
     Attributes
     ----------

@@ -40,6 +40,9 @@ class _NonbondedParameters:
             force.getExceptionParameterOffset(i) for i in range(force.getNumExceptionParameterOffsets())
         ]
         moved = {offset[1] for offset in self.exception_offsets}
+        named = {int(i) for i in self.pairs.flat} | {offset[1] for offset in self.particle_offsets}
+        if max(named, default=-1) >= len(self.particles) or max(moved, default=-1) >= len(self.exceptions):
+            raise IndexError("An exception or an offset is of a particle or an exception that there is not.")
         # Most exceptions are plain exclusions.
         self.kept = [i for i, (qq, _, epsilon) in enumerate(self.exceptions) if qq != 0 or epsilon != 0 or i in moved]
 

@@ -161,14 +161,15 @@ class PairPass:
         -------
         tuple
             Energy [B] float64 (zero if there is none), and the sums [N, B] by name, those of a name's first and second
-            particle added.
+            particle added; in float64, and rounded once.
         """
         if self.kernel is not None:
             return self.kernel.run(x, fields, gradient)
         batch = x.shape[2]
         energy = x.new_zeros(batch, dtype=torch.float64)
+        double, shape = torch.float64, (self.n_atoms, batch)
         sums = {
-            name[:-1]: x.new_zeros((self.n_atoms, batch)) for name in self.outputs if name not in ("energy", "factor")
+            name[:-1]: x.new_zeros(shape, dtype=double) for name in self.outputs if name not in ("energy", "factor")
         }
         for tile in self.tiles(batch):
             rows, columns = tile.rows, tile.columns
@@ -182,17 +183,17 @@ class PairPass:
             for name, value in found.items():
                 value = value.expand(r2.shape)
                 if name == "energy":
-                    energy += value.sum(1).sum(0, dtype=torch.float64)
+                    energy += value.sum((0, 1), dtype=double)
                 elif name == "factor":
                     assert gradient is not None
                     pull = value * d
                     gradient[:, rows] += pull.sum(2)
                     gradient[:, columns] -= pull.sum(1)
                 elif name[-1] == "1":
-                    sums[name[:-1]][rows] += value.sum(1)
+                    sums[name[:-1]][rows] += value.sum(1, dtype=double)
                 else:
-                    sums[name[:-1]][columns] += value.sum(0)
-        return energy, sums
+                    sums[name[:-1]][columns] += value.sum(0, dtype=double)
+        return energy, {name: found.to(x.dtype) for name, found in sums.items()}
 
 
 def both_sides(names: list[str]) -> dict[str, str]:

@@ -11,6 +11,7 @@ import torch  # noqa: F401  # isort: skip  (before openmm, or its torch plugin d
 import openmm  # isort: skip
 
 from ...errors import InputError
+from ..snapshot import make_context
 from .algebra import Node, function, symbol
 from .formula import Reader, as_float64, plain
 from .gb import GeneralisedBorn, as_custom
@@ -44,7 +45,7 @@ class Forces:
     Raises
     ------
     InputError
-        A force, method or particle that a twin does not know.
+        A force, method or particle that a twin does not know, or that OpenMM refuses.
     """
 
     def __init__(self, system: openmm.System) -> None:
@@ -67,9 +68,17 @@ class Forces:
             method = getattr(force, "getNonbondedMethod", lambda: 0)()
             if method != 0:  # NoCutoff, in every class that has methods
                 raise unsupported(f"a cutoff ({kind.__name__})")
+            if hasattr(force, "getNonbondedMethod") and force.getNumParticles() != self.n_atoms:
+                counts = f"{force.getNumParticles()} particles, the System {self.n_atoms}"
+                raise InputError(f"The {kind.__name__} has {counts}: make them equal.")
             for i in range(getattr(force, "getNumGlobalParameters", lambda: 0)()):
                 self.parameters[force.getGlobalParameterName(i)] = force.getGlobalParameterDefaultValue(i)
-            READERS[kind](self, force, f"{index}:")
+            try:
+                READERS[kind](self, force, f"{index}:")
+            except (IndexError, RuntimeError, ValueError) as error:
+                if not isinstance(error, InputError):
+                    make_context(system)  # which says it better, if it is OpenMM that cannot hold such a force
+                raise
 
     @property
     def translation_invariant(self) -> bool:
@@ -151,6 +160,10 @@ def _custom_nonbonded(forces: Forces, force: openmm.CustomNonbondedForce, prefix
 def _custom_gb(forces: Forces, force: openmm.CustomGBForce, prefix: str) -> None:
     if not force.getNumComputedValues():  # OpenMM's Reference platform, which the twin is compared with, would crash
         raise unsupported("a CustomGBForce without computed values")
+    of_pairs, *others = [force.getComputedValueParameters(i)[2] for i in range(force.getNumComputedValues())]
+    single = openmm.CustomGBForce.SingleParticle
+    if of_pairs == single or any(kind != single for kind in others):  # which no platform takes
+        raise unsupported("a CustomGBForce whose computed values are not one of pairs, then others of single particles")
     solvent = GeneralisedBorn(force, prefix)
     forces.solvents.append(solvent)
     forces.pairs.extend(solvent.pairs)

@@ -85,7 +85,8 @@ class Table:
     """A tabulated function of one to three variables.
 
     ``evaluate(orders, *arguments)`` gives the function, or the derivative of these orders in each argument. Continuous
-    functions vanish outside their range, discrete ones have no value there: NaN.
+    functions vanish outside their range; discrete ones go on beyond it with the value at its end, each argument for
+    itself.
     """
 
     def __init__(self, n_arguments: int) -> None:
@@ -105,8 +106,10 @@ class Table:
 
 
 def _tensors(arguments: tuple[Any, ...]) -> list[Tensor]:
+    """Tensors of one shape; numbers are written on the device, for to copy them there would wait for it."""
     like = next((a for a in arguments if isinstance(a, Tensor)), torch.zeros((), dtype=torch.float64))
-    return list(torch.broadcast_tensors(*(torch.as_tensor(a, dtype=like.dtype, device=like.device) for a in arguments)))
+    given = (a.to(like) if isinstance(a, Tensor) else like.new_full((), a) for a in arguments)
+    return list(torch.broadcast_tensors(*given))
 
 
 def _horner(coefficients: list[Tensor], t: Tensor, order: int) -> Tensor:
@@ -131,7 +134,7 @@ def _locate(x: Tensor, bounds: tuple[float, float], cells: int, periodic: bool) 
 
 
 class Discrete(Table):
-    """Values at whole numbers; arguments are rounded."""
+    """Values at whole numbers; arguments are rounded, halves up, and NaN has no value."""
 
     def __init__(self, values: NDArray[np.float64]) -> None:
         """``values`` [n0, n1, ...], the first argument counting along the first axis."""
@@ -142,12 +145,12 @@ class Discrete(Table):
         given = _tensors(arguments)
         if any(orders):
             return torch.zeros_like(given[0])
-        flat, inside = torch.zeros_like(given[0], dtype=torch.long), torch.ones_like(given[0], dtype=torch.bool)
+        flat, unknown = torch.zeros_like(given[0], dtype=torch.long), torch.zeros_like(given[0], dtype=torch.bool)
         for size, argument in zip(self.coefficients.shape, given, strict=True):
-            index = torch.floor(argument + 0.5)
-            inside = inside & (index >= 0) & (index < size)
-            flat = flat * size + torch.where(inside, index, 0.0).long()
-        return torch.where(inside, self._on(given[0]).reshape(-1)[torch.where(inside, flat, 0)], torch.nan)
+            index = torch.clamp(torch.floor(argument + 0.5), 0, size - 1)
+            unknown = unknown | torch.isnan(argument)
+            flat = flat * size + torch.nan_to_num(index).long()
+        return torch.where(unknown, torch.nan, self._on(given[0]).reshape(-1)[flat])
 
 
 class Continuous1D(Table):

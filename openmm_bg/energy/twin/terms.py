@@ -6,6 +6,7 @@ Gradients are those of the geometry, written out, times the derivative of the te
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -111,14 +112,11 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def cross(a: Tensor, b: Tensor) -> Tensor:
-    """Vector product along the first axis."""
-    return torch.stack(
-        (
-            torch.addcmul(a[1] * b[2], a[2], b[1], value=-1),
-            torch.addcmul(a[2] * b[0], a[0], b[2], value=-1),
-            torch.addcmul(a[0] * b[1], a[1], b[0], value=-1),
-        )
-    )
+    """Vector product along the first axis.
+
+    Both products are rounded before one is subtracted from the other: of vectors in a line nothing must be left.
+    """
+    return torch.stack((a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]))
 
 
 class Listed:
@@ -215,7 +213,11 @@ class Angles(Listed):
 
 
 class Torsions(Listed):
-    """Terms of torsions, in (-π, π], IUPAC's sign."""
+    """Terms of torsions, in (-π, π], IUPAC's sign.
+
+    Where three atoms are in a line, or two on one spot, there is no torsion: as in OpenMM it counts as π/2, with the
+    sign that rounding leaves, and its forces are no numbers.
+    """
 
     n_atoms = 4
 
@@ -224,7 +226,10 @@ class Torsions(Listed):
         m, n = cross(a, b), cross(b, c)
         b2 = dot(b, b)
         length = torch.sqrt(b2)
-        return torch.atan2(dot(a, n) * length, dot(m, n)), (a, b, c, m, n, b2, length)
+        sine, cosine = dot(a, n) * length, dot(m, n)
+        # From the angle's complement, which atan2 has as zero where both are zero; and -0 has no sign.
+        angle = torch.copysign(math.pi / 2 - torch.atan2(cosine, sine.abs()), sine + 0.0)
+        return angle, (a, b, c, m, n, b2, length)
 
     def spread(self, slope: Tensor, vectors: tuple[Tensor, ...]) -> list[Tensor]:
         a, b, c, m, n, b2, length = vectors

@@ -60,7 +60,7 @@ def @NAME@(@ARGUMENTS@, ROWS: tl.constexpr, FRAMES: tl.constexpr):
     inside = atom & frame
     wide = n.to(tl.int64)
     zero = tl.full((ROWS, FRAMES), 0.0, @REAL@)
-    one = tl.full((ROWS, FRAMES), 1.0, @REAL@)
+    one = tl.full((1, 1), 1.0, @REAL@)  # of no particle and frame yet: what it divides may be of one only
     @CONSTANTS@
     own = i * batch + b
     xi = tl.load(x + own, mask=inside, other=0.0)
