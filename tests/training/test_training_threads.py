@@ -1,20 +1,26 @@
 """Threads are measured, the precision of products is chosen, and both are put back."""
 
-import time
+import types
 
 import pytest
 import torch
 
+import openmm_bg.training.threads
 from openmm_bg.training import LossWeights, Stage, Trainer
 from openmm_bg.training.threads import fastest_threads, product_precision
 
 
 @pytest.mark.parametrize("slow_at, expected", [(1, 4), (4, 1)])
-def test_the_faster_number_is_used_and_the_old_one_restored(slow_at, expected):
+def test_the_faster_number_is_used_and_the_old_one_restored(slow_at, expected, monkeypatch):
+    clock = types.SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)  # no real one: the machine may be busy
+    monkeypatch.setattr(openmm_bg.training.threads, "time", clock)
+
+    def work():
+        clock.now += 0.02 if torch.get_num_threads() in (slow_at, 2) else 0.002
+
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        work = lambda: time.sleep(0.02 if torch.get_num_threads() in (slow_at, 2) else 0.002)  # noqa: E731
         with fastest_threads(work) as chosen:
             assert chosen == expected == torch.get_num_threads()
         assert torch.get_num_threads() == 4
