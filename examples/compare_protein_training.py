@@ -531,7 +531,6 @@ def picture(found: dict[str, dict[str, Any]]) -> Any:
     ):
         left.axvline(value, color=colour, linewidth=1.2, linestyle=(0, (4, 2)), label=text)
     left.set_xlabel("ΔD (Å)")
-    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=9)
     base = first["energies"]["data_rigid"]["median"]
     excess = [f["energies"]["generated"]["median"] - base for f in figures]
     nll, error = ([f["nll"][key] for f in figures] for key in ("per_dof", "per_dof_error"))
@@ -539,15 +538,21 @@ def picture(found: dict[str, dict[str, Any]]) -> Any:
         left.plot(figures[row]["delta_d"]["generated"], label, "o", color=colour, markersize=8)
         last = found[names[row]]["last_figures"]
         if last is not None:
-            left.plot(last["delta_d"]["generated"], label, "o", color=colour, markersize=8, fillstyle="none")
+            # once in the legend
+            text = None if any(line.get_fillstyle() == "none" for line in left.lines) else "at the last step"
+            at = last["delta_d"]["generated"]
+            left.plot(at, label, "o", color=colour, markersize=8, fillstyle="none", label=text)
         if excess[row] > 1.0:
             middle.plot(excess[row], label, "o", color=colour, markersize=8)
         else:
             middle.plot(1.0, label, "<", color=colour, markersize=8)
             middle.annotate("at or below MD's", (1.0, label), (8, -3), textcoords="offset points", fontsize=9)
         right.errorbar(nll[row], label, xerr=error[row], fmt="o", color=colour, markersize=8, capsize=3)
-    left.set_xscale("log")
-    left.xaxis.set_major_formatter("{x:g}")
+    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=9)
+    distances = [x for line in left.lines for x in line.get_xdata()]
+    if max(distances) > 3 * min(distances):
+        left.set_xscale("log")
+        left.xaxis.set_major_formatter("{x:g}")
     middle.set_xscale("log")
     middle.set_xlabel("median energy\nabove rigid MD's (kcal/mol)")
     right.set_xlabel("held-out NLL\n(nats per coordinate)")
