@@ -306,7 +306,7 @@ def test_training_frames_are_all_used_or_a_note_says_so(folder, tmp_path, dipept
     found = read_held_out(folder, dipeptide.topology, limit=20)  # of a folder: 50 frames, beside 40 held out
     assert len(found.training) == 50 and len(found.positions) == 40 and found.notes == ()
     found = read_held_out(folder, dipeptide.topology, training_limit=10)
-    np.testing.assert_allclose(found.training, frames[:50:3], atol=1e-5)
+    np.testing.assert_allclose(found.training, frames[:50:3], atol=1e-5)  # Å in float32, and back
     assert [note.split(" was used")[0] for note in found.notes] == [f"Every 3rd training frame of {folder}"]
 
 
