@@ -164,7 +164,7 @@ class Part:
 BEGINNING = Part("start", 0.2, 1e-3, {"nll": 1.0})
 THREE = [
     Part("nll+w2", 0.35, 1e-3, {"nll": 1.0, "w2": 1.0}),
-    Part("nll+w2+kl", 0.4, 3e-4, {"nll": 1.0, "w2": 1.0, "kl": 0.5}, samples=16),
+    Part("nll+w2+kl", 0.4, 1e-3, {"nll": 1.0, "w2": 1.0, "kl": 1.0}, samples=16),
 ]
 STAGES = {
     "nsf-nll": [Part("nll", 0.8, 1e-3, {"nll": 1.0})],
@@ -174,7 +174,7 @@ STAGES = {
     "split-nll-w2": [Part("nll+w2", 0.8, 1e-3, {"nll": 1.0, "w2": 1.0})],
     "split-nll-w2-kl": THREE,
     # Slow, for without W2 the fourth stage unlearns what W2 has taught.
-    "split-all": [*THREE, Part("nll+kl", 0.05, 1e-5, {"nll": 1.0, "kl": 0.6}, samples=16)],
+    "split-all": [*THREE, Part("nll+kl", 0.05, 2e-6, {"nll": 1.0, "kl": 1.2}, samples=16)],
 }
 
 

@@ -276,8 +276,10 @@ class FlowProposals:
         Raises
         ------
         InputError
-            Another number of particles, positions that are not finite, bonds no simulation could have.
+            Another number of particles, positions that are complex or not finite, bonds no simulation could have.
         """
+        if np.iscomplexobj(positions):
+            raise InputError("The current positions are complex numbers: set real ones before a move.")
         x = np.array(positions, dtype=np.float64)
         n = self.coordinates.n_atoms
         if x.ndim != 2 or x.shape[1] != 3 or (len(x) != n if self.atoms is None else len(x) <= self.atoms.max()):

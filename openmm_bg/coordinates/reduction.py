@@ -59,12 +59,14 @@ def reduction_rmsd(coordinates: CoordinateMap, topology: Any, positions: Any) ->
     Raises
     ------
     InputError
-        Topology or positions with another number of atoms, or non-finite positions.
+        Topology or positions with another number of atoms, or complex or non-finite positions.
     """
     graph = MoleculeGraph(topology)
     n = coordinates.n_atoms
     if graph.n_atoms != n:
         raise InputError(f"The topology has {graph.n_atoms} atoms, but the coordinates are of {n}.")
+    if np.iscomplexobj(positions):
+        raise InputError("Positions must be real numbers, not complex ones.")
     x = torch.as_tensor(np.asarray(positions), dtype=torch.float64)
     if x.ndim != 3 or x.shape[1:] != (n, 3):
         raise InputError(f"Positions must be [frames, {n}, 3], got {list(x.shape)}.")

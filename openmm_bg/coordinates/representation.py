@@ -198,10 +198,12 @@ class CoordinateMap(nn.Module):
         Raises
         ------
         InputError
-            Unknown representation, not one molecule, wrong shape, non-finite frames.
+            Unknown representation, not one molecule, wrong shape, complex or non-finite frames.
         """
         if representation not in ("full", "reduced"):
             raise InputError(f"Unknown representation {representation!r}: choose 'full' or 'reduced'.")
+        if np.iscomplexobj(positions):
+            raise InputError("Data positions must be real numbers, not complex ones.")
         x = torch.as_tensor(np.asarray(positions), dtype=torch.float64)
         n = sum(1 for _ in topology.atoms())
         if x.ndim != 3 or x.shape[1:] != (n, 3) or len(x) < 2:

@@ -97,14 +97,15 @@ def equal_solvent(
         return None, f"The CustomGBForce stays, which is slow on a CPU: {reasons[0]}." if reasons else None
     frames = _few_frames(twin, positions, protocol)
     found = agreement(system, twin, frames)
+    frames_compared = f"{found.n_frames} frame{'s' if found.n_frames > 1 else ''}"
     if not found.holds:
         return None, (
             "The CustomGBForce stays, though its expressions are OBC2's: the built-in force differs from it by "
-            f"{found.energy:.2g} kJ/mol on {found.n_frames} frames."
+            f"{found.energy:.2g} kJ/mol on {frames_compared}."
         )
     return twin, (
         "The CustomGBForce of OBC2 is replaced by the equal, faster GBSAOBCForce: on "
-        f"{found.n_frames} frames energies agree to {found.relative_energy:.0e} and forces to "
+        f"{frames_compared} energies agree to {found.relative_energy:.0e} and forces to "
         f"{found.relative_force:.0e} of the solvent's own."
     )
 

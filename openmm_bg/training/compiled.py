@@ -4,8 +4,8 @@ What is compiled is decided by measurement (docs/benchmarks.md, "Compiled traini
 which every loss but `kl`, `w2` and `path` consists. The first call costs a minute or more, so it is made before the
 clock of a stage runs; torch keeps the result in its cache (``TORCHINDUCTOR_CACHE_DIR``).
 
-CUDA graphs are left out. Each loss of a step runs backwards by itself and the gradients of all are held until the step;
-torch's graphs write over gradients that are held (pytorch issue 169545).
+torch.compile's own CUDA graphs are left out: they write over gradients that are held (pytorch issue 169545).
+`openmm_bg.training.graphs` records whole steps instead.
 """
 
 from __future__ import annotations

@@ -180,6 +180,12 @@ class TrainingConfig(_Strict):
         seconds once it is in torch's cache. That time comes on top of the `seconds` of a stage. Without a C++ compiler
         (on a CPU), or where compiling fails, one warning says so and training goes on uncompiled. Not together with
         `gradient_checkpointing`.
+    cuda_graphs
+        On a GPU that one process trains on: record the steps of each stage and replay them as CUDA graphs, which spares
+        the launches of thousands of small kernels. Draws, energies and the decomposition of `w2` stay between the
+        graphs. The first replay is compared with the same step without graphs; where that, or recording, fails, one
+        warning says so and training goes on without them. **Never run on a GPU yet.** Not together with
+        `gradient_checkpointing`.
     optimizer, weight_decay, gradient_clip
         Adam or AdamW (decoupled decay), and the largest norm of the gradient of each loss before its weight λ
         (None: not clipped). A clipped gradient has lost its scale: then λ sets what share of a step the loss has.
@@ -208,6 +214,7 @@ class TrainingConfig(_Strict):
     network_precision: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
     compile: bool = False
+    cuda_graphs: bool = False
     optimizer: Literal["adam", "adamw"] = "adam"
     weight_decay: float = Field(default=0.0, ge=0.0)
     gradient_clip: float | None = Field(default=5.0, gt=0.0)
@@ -241,6 +248,9 @@ class TrainingConfig(_Strict):
         if self.compile and self.gradient_checkpointing:
             # Compiled, the second pass of a layer has another dropout than the first: the gradients would be wrong.
             raise ValueError("compile and gradient_checkpointing exclude each other, switch one of them off")
+        if self.cuda_graphs and self.gradient_checkpointing:
+            # The second pass puts back the generator of dropout, which a recorded step must not touch.
+            raise ValueError("cuda_graphs and gradient_checkpointing exclude each other, switch one of them off")
         if self.validation_fraction == 0.0 and any(stage.keep_best for stage in self.stages):
             raise ValueError("keep_best needs validation frames, set validation_fraction above 0")
         return self

@@ -1,13 +1,20 @@
-"""The losses as pure functions of a density, samples and a target. Sources: docs/theory.md, Losses."""
+"""The losses as pure functions of a density, samples and a target. Sources: docs/theory.md, Losses.
+
+Samples that are left out are masked, not cut away: the shapes of a step are then the same every time and nothing waits
+for a GPU to count them, as a recorded step (`openmm_bg.training.graphs`) must not.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from openmm_bg.training.graphs import Outside, called
 
 Regulariser = Callable[[Tensor], Tensor]
 
@@ -24,7 +31,7 @@ class Evaluation(NamedTuple):
 class KLResult(NamedTuple):
     """Reverse KL of a batch."""
 
-    loss: Tensor  # scalar with a graph, NaN without one if no sample is finite
+    loss: Tensor  # scalar with a graph, NaN if no sample is finite
     n_dropped: Tensor  # scalar int64: samples left out
     log_weights: Tensor  # [B] log π - log q + log-normalisers, unregularised, float64, detached
 
@@ -56,6 +63,23 @@ def weighted_mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
         return values.mean()
     weights = weights.to(values.dtype)
     return (weights * values).sum() / weights.sum()
+
+
+def masked_gradient(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [B, ...] again, and a mask [B] of its rows, all True, to be filled in before anything runs backwards.
+
+    What comes back to x through the result is put to 0 in the rows masked by then. A NaN stops here that a mask on the
+    values alone would let through (0 times infinity), and it would reach every parameter.
+    """
+    keep = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+    same = x.view_as(x)
+    if same.requires_grad:
+        same.register_hook(lambda gradient: torch.where(_column(keep, gradient), gradient, 0.0))
+    return same, keep
+
+
+def _column(mask: Tensor, like: Tensor) -> Tensor:
+    return mask.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def nll(density: Any, y: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -93,7 +117,14 @@ class VarianceResult(NamedTuple):
     residual: Tensor
 
 
-def log_variance(density: Any, y: Tensor, log_density: Tensor, log_z: float, clip: float = 2.0) -> VarianceResult:
+def log_variance(
+    density: Any,
+    y: Tensor,
+    log_density: Tensor,
+    log_z: Tensor | float,
+    clip: float = 2.0,
+    keep: Tensor | None = None,
+) -> VarianceResult:
     """Mean square of log(π / Z q) over samples of *any* origin: the variance of log π - log q once Z is right.
 
     A regression of log q on log π (VarGrad: Richter et al., NeurIPS 2020; with a given Z the moment loss of Nüsken and
@@ -110,20 +141,26 @@ def log_variance(density: Any, y: Tensor, log_density: Tensor, log_z: float, cli
     y
         [B, D] samples, from the flow, MD, or both.
     log_density
-        [B] finite log π(y, s) up to a constant, s the same for all samples.
+        [B] log π(y, s) up to a constant, finite where kept, s the same for all samples.
     log_z
         Logarithm of the mean importance weight over *all* samples drawn, those with π = 0 included.
     clip
         Residuals lie within ±clip (kT).
+    keep
+        [B] bool, the samples that count; all if None.
 
     Returns
     -------
     VarianceResult
-        ``loss`` is the surrogate ``-mean(r log q)`` with r held fixed, half the gradient of mean(r²).
+        ``loss`` is the surrogate ``-mean(r log q)`` with r held fixed, half the gradient of mean(r²); both NaN if no
+        sample counts.
     """
     log_q = density.log_prob(y)
     residual = (log_density.double() - log_q.detach().double() - log_z).clamp(-clip, clip).to(log_q.dtype)
-    return VarianceResult(-(residual * log_q).mean(), residual.square().mean())
+    if keep is None:
+        return VarianceResult(-(residual * log_q).mean(), residual.square().mean())
+    residual = torch.where(keep, residual, 0.0)
+    return VarianceResult(-(residual * log_q).sum() / keep.sum(), residual.square().sum() / keep.sum())
 
 
 def backbone_distances(positions: Tensor, atom_indices: Tensor, offset: int = 1) -> Tensor:
@@ -146,28 +183,46 @@ def backbone_distances(positions: Tensor, atom_indices: Tensor, offset: int = 1)
     return torch.linalg.vector_norm(atoms[:, i] - atoms[:, j], dim=-1)
 
 
-def w2_distance(xq: Tensor, xp: Tensor) -> Tensor:
+def w2_distance(xq: Tensor, xp: Tensor, keep: Tensor | None = None, outside: Outside = called) -> Tensor:
     """Squared 2-Wasserstein (Fréchet) distance between Gaussian fits of two batches, in float64.
 
     With ``A = (X - mean) / sqrt(B - 1)``: ``|Δmean|² + ‖A_q‖²_F + ‖A_p‖²_F - 2 ‖A_q A_pᵀ‖_*``, for the
     nonzero singular values of ``A_q A_pᵀ`` are the square roots of the eigenvalues of Σ_q Σ_p, whose P × P
-    matrices are never formed (docs/theory.md, Losses). The gradient of the nuclear norm is U Vᵀ over the
-    nonzero singular values: no gap between them divides it, so degenerate ones are harmless.
+    matrices are never formed (docs/theory.md, Losses). The gradient of the nuclear norm is the polar factor U Vᵀ over
+    the nonzero singular values: no gap between them divides it, so degenerate ones are harmless, and the norm itself is
+    the product of the matrix with that factor held fixed.
 
     Parameters
     ----------
     xq, xp
         [B1, P] and [B2, P]; the numbers of samples may differ, both at least 2.
+    keep
+        [B1] bool: the rows of `xq` that count, all if None. The distance is NaN if fewer than 2 do; rows that do not
+        count may be anything.
+    outside
+        Calls the decomposition, which waits for a GPU (`openmm_bg.training.graphs`).
     """
     xq, xp = xq.double(), xp.double()
-    mean_q, mean_p = xq.mean(dim=0), xp.mean(dim=0)
-    a_q = (xq - mean_q) / (xq.shape[0] - 1) ** 0.5
+    if keep is None:
+        keep = torch.ones(xq.shape[0], dtype=torch.bool, device=xq.device)
+    # Rows of zeros, after centring, add nothing to any of the terms.
+    n_q = keep.sum().double()
+    mean_q, mean_p = torch.where(keep[:, None], xq, 0.0).sum(dim=0) / n_q, xp.mean(dim=0)
+    few = torch.where(n_q > 1, 1.0, torch.nan)
+    a_q = torch.where(keep[:, None], xq - mean_q, 0.0) / (n_q - 1).sqrt() * few
     a_p = (xp - mean_p) / (xp.shape[0] - 1) ** 0.5
-    singular = torch.linalg.svdvals(a_q @ a_p.T)
-    # A centred batch has a null direction, where U and V are arbitrary: it takes no part in the gradient.
-    floor = singular.detach().max() * 1e-12
-    nuclear = torch.where(singular > floor, singular, torch.zeros_like(singular)).sum()
+    cross = a_q @ a_p.T
+    nuclear = (outside(_polar_factor, cross.detach()) * cross).sum()
     return (mean_q - mean_p).square().sum() + a_q.square().sum() + a_p.square().sum() - 2.0 * nuclear
+
+
+def _polar_factor(matrix: Tensor) -> Tensor:
+    """U Vᵀ over the singular values that are not zero but for rounding; NaN for a matrix that is not finite."""
+    if not bool(torch.isfinite(matrix).all()):
+        return torch.full_like(matrix, torch.nan)
+    u, singular, vh = torch.linalg.svd(matrix, full_matrices=False)
+    # A centred batch has a null direction, where U and V are arbitrary: it takes no part.
+    return (u * (singular > singular.max() * 1e-12)) @ vh
 
 
 def evaluate_target(
@@ -208,26 +263,23 @@ def reverse_kl_of_samples(
     *,
     regulariser: Regulariser | None = None,
     reference: float = 0.0,
+    outside: Outside = called,
 ) -> KLResult:
     """`reverse_kl` for samples y [B, D] already pushed through the flow; log_q [B] is their log density.
 
-    Both carry the graph of the flow's parameters.
+    Both carry the graph of the flow's parameters. `outside` calls the target, which may be anything but torch.
     """
-    evaluation = evaluate_target(target, y, s, regulariser=regulariser, reference=reference)
+    evaluation = Evaluation(
+        *outside(partial(evaluate_target, target, regulariser=regulariser, reference=reference), y.detach(), s)
+    )
     keep = evaluation.finite & torch.isfinite(log_q.detach()) & torch.isfinite(y.detach()).all(dim=1)
     n = keep.sum()
     log_w = evaluation.log_density - log_q.detach().double()
-    n_dropped = keep.numel() - n
-    if int(n) == 0:
-        return KLResult(torch.full((), float("nan"), dtype=y.dtype, device=y.device), n_dropped, log_w)
-    if int(n_dropped):  # only then pay for the indexing
-        y, log_q = y[keep], log_q[keep]
-        energy, slope = evaluation.energy[keep], evaluation.gradient[keep]
-    else:
-        energy, slope = evaluation.energy, evaluation.gradient
     # Value of the energy, and its gradient handed to the samples as a constant.
-    energy_term = energy.mean() + (slope * (y - y.detach()).double()).sum() / n
-    return KLResult((energy_term + log_q.double().mean()).to(y.dtype), n_dropped, log_w)
+    change = torch.where(keep[:, None], y - y.detach(), 0.0).double()
+    energy_term = torch.where(keep, evaluation.energy, 0.0).sum() + (evaluation.gradient * change).sum()
+    loss = (energy_term + torch.where(keep, log_q, 0.0).double().sum()) / n
+    return KLResult(loss.to(y.dtype), keep.numel() - n, log_w)
 
 
 def reverse_kl(
@@ -308,14 +360,12 @@ def path_gradient(
             keep = keep & finite
         if log_w is not None:
             keep = keep & torch.isfinite(log_w)
-        n_dropped = keep.numel() - keep.sum()
-        if int(n_dropped) == keep.numel():
-            nan = torch.full((), float("nan"), dtype=y.dtype, device=y.device)
-            return PathResult(nan, nan, n_dropped)
-        if int(n_dropped):
-            z, g = z[keep], g[keep]
-            log_w = None if log_w is None else log_w[keep]
-        moved, _ = density(z)
-    weights = None if log_w is None else torch.exp(log_w - log_w.max())
+        # Rows that are left out pass the flow as 0, for a NaN in its graph would reach every parameter.
+        moved, _ = density(torch.where(keep[:, None], z, 0.0))
+    g = torch.where(keep[:, None], g, 0.0)
+    weights = keep.double()
+    if log_w is not None:
+        log_w = torch.where(keep, log_w, -torch.inf)
+        weights = torch.exp(log_w - log_w.max())  # none is kept: NaN
     surrogate = -weighted_mean((g * (moved - moved.detach())).sum(dim=1), weights)
-    return PathResult(surrogate, weighted_mean(g.square().sum(dim=1), weights), n_dropped)
+    return PathResult(surrogate, weighted_mean(g.square().sum(dim=1), weights), keep.numel() - keep.sum())

@@ -15,6 +15,7 @@ from openmm_bg.training.buffer import ResampledBuffer
 from openmm_bg.training.compiled import CompiledDensity
 from openmm_bg.training.config import ENERGY_LOSSES, Stage, TrainingConfig
 from openmm_bg.training.dataset import Dataset, MinibatchSampler, cumulative_weights, draw_indices, spread
+from openmm_bg.training.graphs import Outside, called
 from openmm_bg.training.parallel import Ranks
 from openmm_bg.training.sharing import (
     SharedDensity,
@@ -53,6 +54,8 @@ class Objective:
     ----------
     reference
         Median reduced energy -log π of the data, from which the regulariser counts.
+    outside
+        Calls what a recorded step must not contain: draws, energies, decompositions (`openmm_bg.training.graphs`).
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class Objective:
         self._data_log_density: Tensor | None = None
         self._energies_before = 0  # of the process that this one resumes
         self._regulariser: losses.Regulariser | None = None
+        self.outside: Outside = called
 
     def _require(self, config: TrainingConfig, backbone_atoms: Any) -> None:
         """Refuse before the first step what a later stage could not do."""
@@ -183,10 +187,29 @@ class Objective:
         logger.info("W2 of data against data at these batch sizes: %.3g nm^2", baseline)
         return {"w2": baseline}
 
-    def begin_step(self, step: int) -> None:
-        """Tell the step, counted over all stages."""
+    def begin_step(self, stage: Stage, step: int, stage_step: int) -> dict[str, Any]:
+        """Tell the step, counted over all stages and in this one; fill the buffer if it is time.
+
+        Returns
+        -------
+        dict
+            Figures about a buffer that was filled: `dropped` and `ess`, as in `terms`.
+        """
         if isinstance(self.density, SharedDensity):
             self.density.begin_step(step)
+        config = self.config.buffer
+        if not stage.uses_buffer or (stage_step % config.draw_every and len(self.buffer)):
+            return {}
+        with product_precision("float32"):  # these samples get weights
+            ess, dropped = self.buffer.refill(
+                self.sampling_density, self.target, self.draw_s(config.draw_size),
+                regulariser=self._regulariser, reference=self.reference or 0.0,
+            )  # fmt: skip
+        return {"ess": ess, "dropped": dropped}
+
+    def repeats(self, stage: Stage) -> bool:
+        """Whether the steps of the stage are all alike: not while they have no samples to train on."""
+        return not stage.uses_buffer or len(self.buffer) > 0
 
     def draw_s(self, n: int) -> Tensor:
         """[n, S] float64: the constant s if all frames share it, else s of frames drawn by weight."""
@@ -203,7 +226,7 @@ class Objective:
         weights = self.weights[index] if self.weights is not None and self.config.weighting == "loss" else None
         return index, self.y[index], weights
 
-    def terms(self, stage: Stage, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def terms(self, stage: Stage) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Losses of a step of the stage (those with a weight), and figures about it.
 
         Returns
@@ -211,17 +234,15 @@ class Objective:
         terms : dict
             Scalars with a graph; one without finite samples is NaN.
         figures : dict
-            `dropped` (count), `ess` (share, None unless energies of fresh samples were evaluated), `path`
-            (mean square mismatch of the scores, in place of the surrogate's value 0).
+            Scalars: `dropped` (count), `ess` (share, if energies of fresh samples were evaluated), `path` and
+            `variance` (mean squares, in place of the surrogates' values).
         """
         active = stage.losses.active()
         terms: dict[str, Tensor] = {}
-        figures: dict[str, Any] = {"dropped": 0, "ess": None}
+        figures = {"dropped": torch.zeros((), dtype=torch.int64, device=self.device)}
         if "nll" in active:
-            _, y, weights = self._batch()
+            _, y, weights = self.outside(self._batch)
             terms["nll"] = losses.nll(self.density, y, weights)
-        if stage.uses_buffer:
-            self._refill(step, figures)
         if "buffer" in active:
             terms["buffer"] = self._buffer_term()
         if "w2" in active or "kl" in active:
@@ -232,19 +253,17 @@ class Objective:
             terms["variance"] = self._variance_term(figures)
         return terms, figures
 
-    def _refill(self, step: int, figures: dict[str, Any]) -> None:
-        config = self.config.buffer
-        if step % config.draw_every == 0 or len(self.buffer) == 0:
-            with product_precision("float32"):  # these samples get weights
-                figures["ess"], dropped = self.buffer.refill(
-                    self.sampling_density, self.target, self.draw_s(config.draw_size),
-                    regulariser=self._regulariser, reference=self.reference or 0.0,
-                )  # fmt: skip
-            figures["dropped"] += dropped
+    def _nothing(self) -> Tensor:
+        """The loss of no samples."""
+        return torch.full((), float("nan"), dtype=self.dtype, device=self.device)
 
     def _buffer_term(self) -> Tensor:
         if len(self.buffer) == 0:
-            return torch.full((), float("nan"), dtype=self.dtype, device=self.device)
+            return self._nothing()
+        return losses.nll(self.density, *self.outside(self._buffer_batch))
+
+    def _buffer_batch(self) -> tuple[Tensor, Tensor]:
+        """Fresh samples and frames with their weights."""
         config = self.config.buffer
         n_fresh = min(max(round(config.fresh_share * self.config.batch_size), 1), self.config.batch_size)
         fresh = self.buffer.draw(n_fresh, self.generator)
@@ -256,44 +275,37 @@ class Objective:
             w_data = torch.ones_like(w[:1]).expand(n_data) if w_data is None else w_data / w_data.sum() * n_data
             # One pass through the flow for both halves; each keeps its share of the weight.
             y, w = torch.cat([y, y_data]), torch.cat([w, w_data.to(w.dtype)])
-        return losses.nll(self.density, y, w)
+        return y, w
 
     def _n_samples(self, stage: Stage) -> int:
         return self.config.sample_batch if stage.sample_batch is None else stage.sample_batch
 
-    def _sampled_terms(self, stage: Stage, terms: dict[str, Tensor], figures: dict[str, Any]) -> None:
+    def _sampled_terms(self, stage: Stage, terms: dict[str, Tensor], figures: dict[str, Tensor]) -> None:
         """`kl` and `w2` from one batch of samples: the pass through the flow is what costs."""
         n, active = self._n_samples(stage), stage.losses.active()
-        z = self.density.sample_base(n).to(device=self.device, dtype=self.dtype)
+        z, s = self.outside(partial(self._draw_base, n))
         y, logdet = self.density(z)
-        s = self.draw_s(n)
         if "kl" in active:
             log_q = self.density.base_log_prob(z).detach() - logdet
             result = losses.reverse_kl_of_samples(
-                y, log_q, s, self.target, regulariser=self._regulariser, reference=self.reference or 0.0
-            )
+                y, log_q, s, self.target, regulariser=self._regulariser, reference=self.reference or 0.0,
+                outside=self.outside,
+            )  # fmt: skip
             terms["kl"] = result.loss
-            figures["dropped"] += int(result.n_dropped)
+            figures["dropped"] = figures["dropped"] + result.n_dropped
             figures["ess"] = ess_share(result.log_weights)
         if "w2" in active:
-            generated = self._flow_distances(y, s, figures)
-            if generated.shape[0] < 2:
-                terms["w2"] = torch.full((), float("nan"), dtype=self.dtype, device=self.device)
-            else:
-                data = self._data_distances(self._draw(self.config.w2_data_batch))
-                terms["w2"] = losses.w2_distance(generated, data).to(self.dtype)
+            y, keep = losses.masked_gradient(y)
+            generated = self._distances(self.coordinates.to_positions(y, s.to(y.dtype)))
+            keep.copy_(torch.isfinite(generated.detach()).all(dim=1))
+            figures["dropped"] = figures["dropped"] + (~keep).sum()
+            data = self._data_distances(self.outside(partial(self._draw, self.config.w2_data_batch)))
+            terms["w2"] = losses.w2_distance(generated, data, keep, self.outside).to(self.dtype)
 
-    def _flow_distances(self, y: Tensor, s: Tensor, figures: dict[str, Any]) -> Tensor:
-        distances = self._distances(self.coordinates.to_positions(y, s.to(y.dtype)))
-        keep = torch.isfinite(distances.detach()).all(dim=1)
-        n_bad = int((~keep).sum())
-        if n_bad == 0:
-            return distances
-        figures["dropped"] += n_bad
-        if n_bad >= y.shape[0] - 1:
-            return distances[:0]
-        # Rebuilt from the good samples alone: a NaN in the graph would reach every parameter.
-        return self._distances(self.coordinates.to_positions(y[keep], s[keep].to(y.dtype)))
+    def _draw_base(self, n: int) -> tuple[Tensor, Tensor]:
+        """z [n, D] of the base and s [n, S]."""
+        z = self.density.sample_base(n).to(device=self.device, dtype=self.dtype)
+        return z, self.draw_s(n)
 
     def _distances(self, positions: Tensor) -> Tensor:
         return losses.backbone_distances(positions, self.backbone)
@@ -316,56 +328,61 @@ class Objective:
             total += float(losses.w2_distance(self._data_distances(a), self._data_distances(b)))
         return total / repeats
 
-    def _path_term(self, stage: Stage, figures: dict[str, Any]) -> Tensor:
-        n = self._n_samples(stage)
-        log_w: Tensor | None = None
-        if stage.path_samples == "buffer":
-            if len(self.buffer) == 0:
-                return torch.full((), float("nan"), dtype=self.dtype, device=self.device)
-            batch = self.buffer.draw(n, self.generator)
-            assert batch.gradient is not None
-            y, gradient, finite = batch.y.to(self.dtype), batch.gradient, None
-            log_w = torch.clamp(batch.log_w - self.buffer.median, max=self.config.buffer.clip)
-        else:
-            if stage.path_samples == "data":
-                index, y, weights = self._batch(n)
-                y64, s = self.data.y[index], self.data.s[index]
-                log_w = None if weights is None else weights.log()
-            else:
-                with product_precision("float32"), losses.evaluation_mode(self.density), torch.no_grad():
-                    y64, log_q = self.density.sample(n)
-                s = self.draw_s(n)
-                y64, y = y64.double(), y64.to(self.dtype)
-            evaluation = losses.evaluate_target(
-                self.target, y64, s, regulariser=self._regulariser, reference=self.reference or 0.0
-            )
-            gradient, finite = -evaluation.gradient, evaluation.finite
-            if stage.path_samples == "flow":
-                figures["ess"] = ess_share(evaluation.log_density - log_q.double())
+    def _path_term(self, stage: Stage, figures: dict[str, Tensor]) -> Tensor:
+        if stage.path_samples == "buffer" and len(self.buffer) == 0:
+            return self._nothing()
+        y, gradient, finite, log_w, ess = self.outside(partial(self._path_batch, stage))
+        if ess is not None:
+            figures["ess"] = ess
         result = losses.path_gradient(self.density, y, gradient, log_w, finite=finite)
-        figures["dropped"] += int(result.n_dropped)
+        figures["dropped"] = figures["dropped"] + result.n_dropped
         figures["path"] = result.mismatch
         return result.loss
 
-    def _variance_term(self, figures: dict[str, Any]) -> Tensor:
+    def _path_batch(self, stage: Stage) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Samples, gradients of log π there, which of them are finite, log-weights, ESS of fresh samples."""
+        n = self._n_samples(stage)
+        if stage.path_samples == "buffer":
+            batch = self.buffer.draw(n, self.generator)
+            assert batch.gradient is not None
+            log_w = torch.clamp(batch.log_w - self.buffer.median, max=self.config.buffer.clip)
+            return batch.y.to(self.dtype), batch.gradient, None, log_w, None
+        weights, log_q = None, None
+        if stage.path_samples == "data":
+            index, y, weights = self._batch(n)
+            y64, s = self.data.y[index], self.data.s[index]
+        else:
+            with product_precision("float32"), losses.evaluation_mode(self.density), torch.no_grad():
+                y64, log_q = self.density.sample(n)
+            s = self.draw_s(n)
+            y64, y = y64.double(), y64.to(self.dtype)
+        found = losses.evaluate_target(
+            self.target, y64, s, regulariser=self._regulariser, reference=self.reference or 0.0
+        )
+        ess = None if log_q is None else ess_share(found.log_density - log_q.double())
+        return y, -found.gradient, found.finite, None if weights is None else weights.log(), ess
+
+    def _variance_term(self, figures: dict[str, Tensor]) -> Tensor:
+        if len(self.buffer) == 0:
+            return self._nothing()
+        y, log_density, sound, log_z = self.outside(self._variance_batch)
+        figures["dropped"] = figures["dropped"] + (~sound).sum()
+        result = losses.log_variance(self.density, y, log_density, log_z, self.config.buffer.clip, sound)
+        figures["variance"] = result.residual
+        return result.loss
+
+    def _variance_batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Fresh samples as the flow gives them, MD frames as they come: neither needs weights, for the minimum
         does not depend on where the samples are from."""
         assert self._data_log_density is not None
-        if len(self.buffer) == 0:
-            return torch.full((), float("nan"), dtype=self.dtype, device=self.device)
         config = self.config.buffer
         n_fresh = min(max(round(config.fresh_share * self.config.batch_size), 1), self.config.batch_size)
         fresh = self.buffer.draw(n_fresh, self.generator)
         index = draw_indices(len(self.data), self.config.batch_size - n_fresh, self.generator).to(self.device)
-        y = torch.cat([fresh.y, self.data.y[index]])
+        y = torch.cat([fresh.y, self.data.y[index]]).to(self.dtype)
         log_density = torch.cat([fresh.log_density, self._data_log_density[index]])
         sound = torch.cat([fresh.log_w > self.buffer.median - _CLASH, torch.isfinite(self._data_log_density[index])])
-        figures["dropped"] += int((~sound).sum())
-        result = losses.log_variance(
-            self.density, y[sound].to(self.dtype), log_density[sound], self.buffer.log_z, config.clip
-        )
-        figures["variance"] = result.residual
-        return result.loss
+        return y, log_density, sound, torch.tensor(self.buffer.log_z, dtype=torch.float64, device=self.device)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain values of a checkpoint."""
@@ -398,10 +415,10 @@ class Objective:
         self._energies_before = int(meta["n_energies"]) - self.n_energies
 
 
-def ess_share(log_w: Tensor) -> float:
+def ess_share(log_w: Tensor) -> Tensor:
     """Effective sample size as a share of all samples; those without a finite log-weight have weight 0."""
-    finite = log_w[torch.isfinite(log_w)]
-    if finite.numel() == 0:
-        return 0.0
-    w = torch.exp(finite - finite.max())
-    return float(w.sum().square() / w.square().sum() / log_w.numel())
+    finite = torch.isfinite(log_w)
+    largest = torch.where(finite, log_w, -torch.inf).max()
+    w = torch.where(finite, torch.exp(log_w - largest), 0.0)
+    # None is finite: 0, not 0 / 0.
+    return w.sum().square() / w.square().sum().clamp(min=1.0) / log_w.numel()

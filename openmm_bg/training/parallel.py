@@ -12,7 +12,7 @@ import logging
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -59,8 +59,8 @@ class Ranks:
         """Sum of a count over the processes."""
         return count
 
-    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Sum the gradients of shares: that of the joint batch."""
+    def sum_gradients(self, gradients: list[Tensor]) -> None:
+        """Sum the gradients of shares, in place: that of the joint batch."""
 
     def align(self, module: nn.Module) -> None:
         """Give a module everywhere the parameters and buffers that it has in the main process."""
@@ -117,8 +117,7 @@ class ProcessRanks(Ranks):
             self._dist.all_reduce(together)
         return int(together)
 
-    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        gradients = [p.grad for p in parameters if p.grad is not None]  # the same ones everywhere: one joint loss
+    def sum_gradients(self, gradients: list[Tensor]) -> None:  # of the same parameters everywhere: one joint loss
         for dtype in sorted({g.dtype for g in gradients}, key=str):
             mine = [g for g in gradients if g.dtype == dtype]
             # One message for all of them: each alone would cost its latency.

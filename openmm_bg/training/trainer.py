@@ -25,13 +25,16 @@ from openmm_bg.training.losses import evaluation_mode, weighted_mean
 from openmm_bg.training.objective import Objective
 from openmm_bg.training.parallel import Ranks
 from openmm_bg.training.progress import stage_bar
+from openmm_bg.training.step import GradientStep
 from openmm_bg.training.threads import product_precision
 
 logger = logging.getLogger(__name__)
 
 _VALIDATION_CHUNK = 512
 # A resumed run may change these: they leave the loss curve as it is, but for rounding.
-_FREE_KEYS = {"checkpoint_every", "checkpoint_seconds", "max_bad_steps", "gradient_checkpointing", "compile"}
+_FREE_KEYS = {
+    "checkpoint_every", "checkpoint_seconds", "max_bad_steps", "gradient_checkpointing", "compile", "cuda_graphs"
+}  # fmt: skip
 
 
 class TrainingInterrupted(BGError, RuntimeError):
@@ -141,6 +144,7 @@ class Trainer:
             backbone_atoms=backbone_atoms,
             ranks=self.ranks,
         )  # fmt: skip
+        self._gradient_step = GradientStep(self.objective, self._parameters, self.config, self.ranks)
         self._history = History(self.directory if self.ranks.is_main else None)
         self.baselines: dict[str, float] = {}
         self._n_train = len(train)
@@ -225,6 +229,7 @@ class Trainer:
             self.objective.begin_stage(stage)
         self.density.train()
         self.baselines |= self.objective.prepare_stage(stage)
+        self._gradient_step.begin_stage(stage)
         with stage_bar(stage, self.progress) as bar:
             fraction = self._fraction(stage)
             while fraction < 1.0:
@@ -285,16 +290,8 @@ class Trainer:
         rate = self._learning_rate(stage, fraction)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        self._optimizer.zero_grad(set_to_none=True)
-        self.objective.begin_step(self.step)
-        terms, figures = self.objective.terms(stage, self._stage_step)
-        weights = stage.losses.active()
-        norm = self._gradients({name: (weights[name], term) for name, term in terms.items()})
-        loss = torch.stack([weights[name] * term.detach() for name, term in terms.items()]).sum()
-        # One transfer for all figures: on a GPU each would wait for the queue.
-        reported = [figures.get(name, term) for name, term in terms.items()]
-        values = torch.stack([x.detach().double() for x in (loss, norm, *reported)]).tolist()
-        good = all(math.isfinite(value) for value in values)
+        figures = self._gradient_step.take(stage, self.step, self._stage_step)
+        good = all(math.isfinite(figures[name]) for name in ("loss", "gradient_norm", *stage.losses.active()))
         if good:
             self._optimizer.step()
             self._update_average()
@@ -309,35 +306,8 @@ class Trainer:
         self.step += 1
         self._stage_step += 1
         return self._history.append(
-            step=self.step, stage=stage.name, loss=values[0], gradient_norm=values[1], learning_rate=rate,
-            dropped=figures["dropped"], skipped=int(not good), ess=figures["ess"],
-            **dict(zip(terms, values[2:], strict=True)),
+            step=self.step, stage=stage.name, learning_rate=rate, skipped=int(not good), **figures
         )  # fmt: skip
-
-    def _gradients(self, terms: dict[str, tuple[float, Tensor]]) -> Tensor:
-        """Leave the gradient of the weighted losses in the parameters; its norm, NaN without a loss to differentiate.
-
-        Each is clipped before its weight: together, one thousands of times larger, as an energy's is, would be all.
-        """
-        terms = {name: pair for name, pair in terms.items() if pair[1].requires_grad}
-        limit = math.inf if self.config.gradient_clip is None else self.config.gradient_clip
-        for name, (weight, term) in terms.items():
-            before = [p.grad for p in self._parameters]
-            for p in self._parameters:
-                p.grad = None
-            term.backward(retain_graph=name == "kl" and "w2" in terms)  # they share the samples' pass through the flow
-            self.ranks.sum_gradients(self._parameters)
-            nn.utils.clip_grad_norm_(self._parameters, limit, foreach=True)
-            for p, old in zip(self._parameters, before, strict=True):
-                if p.grad is not None:
-                    p.grad.mul_(weight)
-                    if old is not None:
-                        p.grad.add_(old)
-                else:
-                    p.grad = old
-        if not terms:
-            return torch.full((), float("nan"), device=self.device)
-        return nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None], foreach=True)
 
     def _update_average(self) -> None:
         if self.ema is None:
@@ -371,6 +341,7 @@ class Trainer:
         self._stage_step, self._stage_seconds = 0, 0.0
         self._optimizer = None
         self._bad_in_a_row = 0
+        self._gradient_step.end_stage()
         self.objective.buffer.clear()
         self._save()
 

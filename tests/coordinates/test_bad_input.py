@@ -140,6 +140,7 @@ def test_data(molecule):
     refusal(lambda: CoordinateMap.fit(mol.topology, x[0]), "[frames >= 2, 11, 3]", "[11, 3]")
     refusal(lambda: CoordinateMap.fit(mol.topology, x[:, :10]), "[frames >= 2, 11, 3]", "10")
     refusal(lambda: CoordinateMap.fit(mol.topology, x[:1]), "[frames >= 2, 11, 3]")
+    refusal(lambda: CoordinateMap.fit(mol.topology, x + 1j), "complex")
     x[17, 3, 1] = np.nan
     refusal(lambda: CoordinateMap.fit(mol.topology, x), "Frame 17", "non-finite")
     refusal(lambda: CoordinateMap.fit(mol.topology, mol.positions, None, "cartesian"), "'cartesian'", "'reduced'")

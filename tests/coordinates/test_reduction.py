@@ -110,6 +110,7 @@ def test_what_does_not_fit_is_refused(molecule):
         (lambda: reduction_rmsd(m, molecule("butane").topology, mol.positions), "14 atoms"),
         (lambda: reduction_rmsd(m, mol.topology, mol.positions[0]), "[frames, 11, 3]"),
         (lambda: reduction_rmsd(m, mol.topology, np.full((1, 11, 3), np.nan)), "non-finite"),
+        (lambda: reduction_rmsd(m, mol.topology, mol.positions + 1j), "complex"),
     ):
         with pytest.raises(InputError) as caught:
             call()

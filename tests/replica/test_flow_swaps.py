@@ -11,6 +11,7 @@ import openmm_bg as bg
 from openmm_bg import swaps
 from openmm_bg.artifact import Flow
 from openmm_bg.energy import BOLTZMANN
+from openmm_bg.errors import InputError
 from openmm_bg.proposals import FlowProposals
 from openmm_bg.replica import FlowReplicaExchangeSampler
 from openmm_bg.replica import sampler as replica_sampler
@@ -284,3 +285,12 @@ def test_mistakes(dipeptide):
     reduced = CoordinateMap.fit(dipeptide.topology, conformations(dipeptide, 30), constraints, "reduced")
     with pytest.raises(ValueError, match="different coordinates"):
         FlowBijection(flow, Flow(flow.density, reduced, flow.metadata))
+
+
+@pytest.mark.parametrize(("change", "part"), [(1j, "complex"), (np.nan, "NaN"), (np.inf, "infinite")])
+def test_positions_that_are_no_real_numbers_are_refused(dipeptide, change, part):
+    positions = dipeptide.positions
+    proposals = FlowProposals(dipeptide.flow, dipeptide.system)
+    proposals.split(positions)
+    with pytest.raises(InputError, match=part):
+        proposals.split(positions + change)

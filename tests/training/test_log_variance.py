@@ -45,6 +45,23 @@ def test_gradient_is_that_of_half_the_mean_square(samples):
     assert float(result.residual) == pytest.approx(2.0 * float(half), rel=1e-9)
 
 
+def test_samples_that_do_not_count(samples):
+    """Value, gradient and residual are those of the others; π may vanish there."""
+    density = Gaussian([0.3, -0.2], [0.4, 0.1])
+    keep = torch.arange(len(samples)) % 4 != 0
+    log_density = torch.where(keep, target(samples), -torch.inf)
+    found = log_variance(density, samples, log_density, torch.tensor(LOG_Z, dtype=torch.float64), keep=keep)
+    alone = log_variance(density, samples[keep], target(samples[keep]), LOG_Z)
+    for mine, theirs in zip(found, alone, strict=True):
+        assert float(mine.detach()) == pytest.approx(float(theirs.detach()), rel=1e-12)
+    parameters = list(density.parameters())
+    gradients = (torch.autograd.grad(result.loss, parameters) for result in (found, alone))
+    for mine, theirs in zip(*gradients, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-9)
+    everything = log_variance(density, samples, log_density, LOG_Z)
+    assert float(everything.residual.detach()) != pytest.approx(float(alone.residual.detach()), rel=1e-3)
+
+
 def test_every_sample_is_silent_at_the_optimum(samples):
     density = Gaussian([1.0, 1.0], [0.6931471805599453] * 2).double()
     result = log_variance(density, samples, target(samples), LOG_Z)

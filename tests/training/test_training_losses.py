@@ -61,6 +61,40 @@ def test_w2_gradient_is_finite_for_degenerate_batches():
         assert torch.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize(("b1", "b2", "p"), [(12, 9, 3), (7, 11, 12)])
+@pytest.mark.parametrize("junk", [7.0, math.nan, math.inf])
+def test_w2_of_masked_rows_is_that_of_the_others(b1, b2, p, junk):
+    """Value and gradient; rows left out may be anything and get no gradient. Deliberate error: they count."""
+    torch.manual_seed(b1)
+    xq, xp = torch.randn(b1, p, dtype=D64), torch.randn(b2, p, dtype=D64)
+    keep = torch.ones(b1, dtype=torch.bool)
+    keep[[0, 3, b1 - 1]] = False
+    given = torch.where(keep[:, None], xq, junk).requires_grad_(True)
+    alone = xq[keep].clone().requires_grad_(True)
+    found, expected = losses.w2_distance(given, xp, keep), losses.w2_distance(alone, xp)
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
+    (gradient,), (same,) = torch.autograd.grad(found, given), torch.autograd.grad(expected, alone)
+    assert torch.allclose(gradient[keep], same, rtol=1e-9, atol=1e-12) and not gradient[~keep].any()
+    assert not float(losses.w2_distance(given, xp).detach()) == pytest.approx(float(expected.detach()), rel=1e-3)
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_w2_of_fewer_than_two_rows_is_nan(kept):
+    keep = torch.arange(5) < kept
+    assert torch.isnan(losses.w2_distance(torch.randn(5, 3), torch.randn(6, 3), keep))
+
+
+def test_masked_gradient_stops_nan_and_nothing_else():
+    x = torch.tensor([[1.0, 2.0], [-1.0, 3.0], [4.0, 5.0]], requires_grad=True)
+    same, keep = losses.masked_gradient(x)
+    roots = same.sqrt()  # NaN in one row, and so is what comes back to it
+    keep.copy_(torch.isfinite(roots.detach()).all(dim=1))
+    (gradient,) = torch.autograd.grad(torch.where(keep[:, None], roots, 0.0).sum(), x)
+    assert torch.equal(gradient, torch.tensor([[0.5, 0.5 / 2**0.5], [0.0, 0.0], [0.25, 0.5 / 5**0.5]]))
+    plain = torch.where(keep[:, None], x.sqrt(), 0.0).sum()
+    assert torch.isnan(torch.autograd.grad(plain, x)[0]).any()  # what it is for
+
+
 def test_w2_bias_of_finite_batches_is_there():
     # Two batches of one distribution: documented, and the reason for a data-against-data figure.
     torch.manual_seed(3)
@@ -198,6 +232,26 @@ def test_path_gradient_vanishes_at_the_optimum_for_every_sample(kit):
         assert _gradient(path.loss, density).abs().max() < 1e-12 and float(path.mismatch) < 1e-20
         plain = losses.nll(density, y)
         assert _gradient(plain, density).abs().max() > 1e-3  # the usual estimator is noisy there
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_path_gradient_of_masked_rows_is_that_of_the_others(kit, weighted):
+    torch.manual_seed(5)
+    density, target = _shifted(kit)
+    y = torch.randn(9, 2, dtype=D64)
+    log_w = torch.randn(9, dtype=D64) if weighted else None
+    gradient = -losses.evaluate_target(target, y, y[:, :0]).gradient
+    keep = torch.arange(9) % 3 != 1
+    rows = torch.where(keep[:, None], y, math.nan)  # such a row has no score
+    found = losses.path_gradient(density, rows, gradient, log_w)
+    alone = losses.path_gradient(density, y[keep], gradient[keep], None if log_w is None else log_w[keep])
+    assert int(found.n_dropped) == 3 and int(alone.n_dropped) == 0
+    assert torch.allclose(_gradient(found.loss, density), _gradient(alone.loss, density), rtol=1e-12)
+    assert torch.allclose(found.mismatch, alone.mismatch, rtol=1e-12)
+    other = losses.path_gradient(density, y, gradient, log_w)
+    assert not torch.allclose(other.mismatch, alone.mismatch, rtol=1e-3)
+    nothing = losses.path_gradient(density, y, gradient, log_w, finite=torch.zeros(9, dtype=torch.bool))
+    assert torch.isnan(nothing.loss) and torch.isnan(nothing.mismatch) and int(nothing.n_dropped) == 9
 
 
 def test_path_gradient_through_circular_and_folded_coordinates(kit):
