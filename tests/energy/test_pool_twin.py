@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from openmm_bg.energy import ContextPool, choices, tune, tuning, twin_workers
+from openmm_bg.energy import ContextPool, choices, memory, tune, tuning, twin_workers
 from openmm_bg.energy.snapshot import read_state
-from openmm_bg.energy.twin import kernels, nonbonded
+from openmm_bg.energy.twin import kernels, nonbonded, twin
 from openmm_bg.errors import EnergyError, InputError
 
 import openmm  # isort: skip
@@ -272,6 +272,38 @@ def test_a_system_too_large_for_memory_gives_way_to_contexts(context, caplog, mo
     with ContextPool(context, platform="twin") as pool:
         assert pool.platform in PLATFORMS and np.isfinite(pool.energies(x)).all()
     assert "instead of a torch twin: Memory is too small" in caplog.text
+
+
+def test_tables_that_are_too_large_are_not_made(context, caplog, monkeypatch):
+    """Memory that is promised and not there ends a process without an error: it is asked for first."""
+    system = context.getSystem()
+    n = system.getNumParticles()
+    needed = twin.PAIR_BYTES * n**2 * sum(isinstance(force, twin.PAIR_FORCES) for force in system.getForces())
+    monkeypatch.setattr(twin, "available_memory", lambda: needed)
+    x = context.getState(positions=True).getPositions(asNumpy=True)._value[None]
+    with ContextPool(context, platform="twin") as pool:  # they just fit
+        assert pool.platform == "twin"
+    monkeypatch.setattr(twin, "available_memory", lambda: needed - 1)
+    monkeypatch.setattr(nonbonded, "upper", None)  # nothing is allocated
+    with ContextPool(context, platform="twin") as pool:
+        assert pool.platform in PLATFORMS and np.isfinite(pool.energies(x)).all()
+    assert f"instead of a torch twin: Tables for the pairs of {n} particles take" in caplog.text
+
+
+def test_available_memory(tmp_path, monkeypatch):
+    """What the kernel calls available, the limit of a control group, neither."""
+    meminfo, limit = tmp_path / "meminfo", tmp_path / "memory.max"
+    monkeypatch.setattr(memory, "MEMINFO", meminfo)
+    monkeypatch.setattr(memory, "LIMIT", limit)
+    assert memory.available_memory() is None  # macOS, Windows
+    limit.write_text("max\n")
+    assert memory.available_memory() is None
+    meminfo.write_text("MemTotal:       100 kB\nMemFree:         10 kB\nMemAvailable:    60 kB\n")
+    assert memory.available_memory() == 60 * 1024
+    limit.write_text("5000\n")
+    assert memory.available_memory() == 5000
+    meminfo.write_text("MemAvailable: much\n")
+    assert memory.available_memory() == 5000
 
 
 def test_an_inconsistent_context_is_refused(make_context, spring):
