@@ -111,11 +111,11 @@ class InternalCoordinates(nn.Module):
         seed = torch.stack(
             (torch.linalg.norm(x1 - x0, dim=-1), torch.linalg.norm(x2 - x1, dim=-1), bond_angle(x2, x1, x0)), dim=-1
         )
-        # atoms first and the batch last: rows are gathered whole, and each component is one contiguous run
-        batch, n = positions.shape[:2]
-        atoms = positions.reshape(batch, 3 * n).t().contiguous().view(n, 3, batch)
-        a, b, c, d = (atoms.index_select(0, column) for column in self._rows)
-        u, w, v = (vector.unbind(1) for vector in (a - b, c - b, d - c))
+        # components first and the batch last: rows are gathered whole, and each component is one contiguous run of all
+        # rows, however few frames of a large molecule make a piece
+        atoms = positions.permute(2, 1, 0).contiguous()
+        a, b, c, d = (atoms.index_select(1, column) for column in self._rows)
+        u, w, v = (vector.unbind(0) for vector in (a - b, c - b, d - c))
         # bond_angle and dihedral_angle with what they share computed once. The rounding of this sine
         # grows with 1 / sin θ where atoms are nearly in line; that of the cheaper -(plane · v) |w| with 1 / sin² θ.
         plane, other = _cross_rows(u, w), _cross_rows(v, w)
