@@ -334,8 +334,8 @@ class TrainingConfig(_Strict):
                     ),
                     # No fourth stage: without W2, ΔD rises again, and energies fall no further (docs/benchmarks.md).
                     Stage(
-                        name="nll+w2+kl", losses=LossWeights(nll=1.0, w2=1.0, kl=0.5), seconds=1620.0,
-                        learning_rate=3e-4, sample_batch=16,
+                        name="nll+w2+kl", losses=LossWeights(nll=1.0, w2=1.0, kl=1.0), seconds=1620.0,
+                        learning_rate=1e-3, sample_batch=16,
                     ),
                 ],
             )  # fmt: skip

@@ -26,6 +26,9 @@ With --compile instead, `torch.compile` of log q and of samples, each with its g
 turns. The first call is given in wall time and in CPU time with that of the C++ compiler, a process of its own, once
 with an empty cache (a folder that is deleted at the end) and once more; set TORCHINDUCTOR_COMPILE_THREADS=1 for a CPU
 time that misses nothing.
+
+With --graphs instead, on a GPU: seconds of a step of the likelihood, clipping and the optimiser included, as it is and
+replayed as CUDA graphs (`cuda_graphs`), in turns.
 """
 
 from __future__ import annotations
@@ -47,7 +50,11 @@ import torch
 
 from openmm_bg.flow import FeatureLayout, FlowConfig, build_flow
 from openmm_bg.flow.coupling import economical
-from openmm_bg.training import TrainingConfig
+from openmm_bg.training import Dataset, LossWeights, Stage, TrainingConfig
+from openmm_bg.training.graphs import WARMUP
+from openmm_bg.training.objective import Objective
+from openmm_bg.training.parallel import Ranks
+from openmm_bg.training.step import GradientStep
 from openmm_bg.training.threads import product_precision
 
 #: Linear coordinates, circular ones of the backbone and of the side chains, as the representation named has them.
@@ -264,6 +271,46 @@ def measure(options: argparse.Namespace, preset: str, name: str) -> dict[str, An
     return row
 
 
+def replayed(options: argparse.Namespace, preset: str, name: str) -> dict[str, Any]:
+    """Seconds of steps with CUDA graphs and without."""
+    _, flow = make_step(options, preset, name)
+    batch = options.batch[preset]
+    with torch.no_grad():
+        y, _ = flow.eval().sample(8 * batch)
+    flow.train()
+    data = Dataset(y.cpu()).to(y.device)
+    stage = Stage(name=f"{preset} for {name}", losses=LossWeights(nll=1.0), steps=1)
+    parameters = list(flow.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=1e-6, fused=True)
+    steps = {}
+    for way in ("plain", "graphs"):
+        config = TrainingConfig(batch_size=batch, stages=[stage], cuda_graphs=way == "graphs")
+        steps[way] = GradientStep(Objective(flow, flow, data, config), parameters, config, Ranks())
+        steps[way].begin_stage(stage)
+
+    def take(way: str) -> None:
+        steps[way].take(stage, 0, 0)
+        optimizer.step()
+
+    for way in steps:
+        for _ in range(WARMUP + 2):  # recorded, and compared
+            take(way)
+    graphs = steps["graphs"].graphs
+    times: dict[str, list[float]] = {way: [] for way in steps}
+    for _ in range(5 * options.repeats):
+        for way, found in times.items():
+            found.append(timed(lambda way=way: take(way), options.device))  # type: ignore[misc]
+    least = {way: min(found) for way, found in times.items()}
+    return {
+        "preset": preset,
+        "molecule": name,
+        "batch": batch,
+        "seconds": least,
+        "gain": round(least["plain"] / least["graphs"], 3),
+        "without graphs": "this needs --device cuda" if graphs is None else graphs.given_up,
+    }
+
+
 def training_by_energy(options: argparse.Namespace, name: str) -> dict[str, Any]:
     """CPU milliseconds of flow, coordinates and energies in a step of the losses variance and kl."""
     import copy
@@ -371,6 +418,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile, and nothing else")
     parser.add_argument("--passes", nargs="+", default=["log q", "samples"], choices=["log q", "samples"],
                         help="what --compile compiles")  # fmt: skip
+    parser.add_argument("--graphs", action="store_true", help="steps as CUDA graphs, and nothing else")
     parser.add_argument("--energies", action="store_true", help="training by energy of a dipeptide, and nothing else")
     options = parser.parse_args()
     options.batch = {preset: options.batch or (16 if preset == "paper" else 256) for preset in options.presets}
@@ -385,7 +433,8 @@ def main() -> None:
             if (preset == "cpu") != (name == "dipeptide"):  # each where it is meant to be used
                 continue
             if not options.compile:
-                print(json.dumps(measure(options, preset, name)), flush=True)
+                figures = replayed if options.graphs else measure
+                print(json.dumps(figures(options, preset, name)), flush=True)
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import logging
 import random
+from argparse import Namespace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -162,6 +165,16 @@ def test_a_resumed_training_records_again(kit, recorders, replays, tmp_path):
         else:
             trainer.run(resume=True)
     same_curves(made[-1], whole)
+
+
+def test_the_benchmark_times_replays(recorders):
+    path = Path(__file__).parents[1] / "benchmarks" / "training.py"
+    spec = importlib.util.spec_from_file_location("bench_training_graphs", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    found = script.replayed(Namespace(device="cpu", batch={"cpu": 8}, repeats=1), "cpu", "dipeptide")
+    assert found["without graphs"] is None and recorders[0].n_recorded > 100
+    assert found["gain"] > 0.0
 
 
 # --- what must be noticed -----------------------------------------------------------------------------------------
