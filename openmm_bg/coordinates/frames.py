@@ -30,8 +30,6 @@ CPU_ATOMS = 131_072
 DENSE_BATCH, DENSE = 8_192, 64
 #: Seed atoms, which come first in memory: 0 at the origin, 1 on +x, 2 at y > 0.
 FIRST, MIDDLE, LAST = 0, 1, 2
-#: Frames (α, β) of the first two: half a turn about y, so that the bond points away from atom 1, and none.
-SEED_FRAMES = torch.tensor([[0.0, -1.0j], [1.0, 0.0]])
 
 
 def _steps(half: Tensor, out: Tensor) -> None:
@@ -206,7 +204,11 @@ def _place(tree: FrameTree, internal: Tensor) -> tuple[list[Tensor], Tensor]:
     r, half = values[: n - 1], values[n - 1 :].mul_(0.5).view(2, n - LAST, batch)
     half[1, 0] = 0.0
     frames = torch.empty((n, 2, batch), dtype=internal.dtype.to_complex(), device=internal.device)
-    frames[:LAST] = SEED_FRAMES.to(frames).unsqueeze(-1)
+    # The frames (α, β) of the first two: half a turn about y, so that the bond points away from atom 1, and none. They
+    # are filled in as numbers, for a tensor would have to be brought to a GPU.
+    frames[:LAST] = 0.0
+    frames[FIRST, 1].fill_(-1.0j)
+    frames[MIDDLE, 0].fill_(1.0)
     _steps(half, frames[LAST:])
     rounds = tree.rounds()
     for start, stop, sources in rounds:

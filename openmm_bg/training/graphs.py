@@ -6,12 +6,13 @@ once, but on the same memory, with the same shapes and with every number of Pyth
 A recorded step is therefore a list of graphs with calls between them, whose results are copied to where the next graph
 expects them.
 
-The first replay is compared with the same step taken without graphs. If its gradient differs, or if recording fails,
-training goes on without graphs and says so.
+The first replay is compared with the same step taken without graphs, and so is every one until a gradient is finite. If
+gradient or figures differ, or if recording fails, training goes on without graphs and says so.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 from collections.abc import Callable
@@ -60,8 +61,10 @@ class CudaRecorder:
     """CUDA graphs that share their memory, on one device."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self._pool = torch.cuda.graph_pool_handle()
+        # Of one's own: torch's for captures is kept for the whole process, on the device where it was first made.
+        self._stream = torch.cuda.Stream(self._device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._recording = ExitStack()
 
@@ -70,23 +73,40 @@ class CudaRecorder:
         self._graph = torch.cuda.CUDAGraph()
         self._recording = ExitStack()
         self._recording.enter_context(torch.cuda.device(self._device))
+        # `torch.cuda.graph` would not leave its stream after a failure.
+        self._recording.enter_context(torch.cuda.stream(self._stream))
         # Other threads may evaluate energies meanwhile.
-        self._recording.enter_context(torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"))
+        self._recording.enter_context(
+            torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+        )
 
     def end(self) -> Callable[[], None]:
         """The graph's `replay`."""
         assert self._graph is not None
-        graph, self._graph = self._graph, None
-        self._recording.close()
+        graph = self._graph
+        try:
+            self._recording.close()
+        except BaseException:
+            self._repair()
+            raise
+        self._graph = None
         return graph.replay
 
     def abandon(self) -> None:
         """A recording that failed ends with an error of its own."""
         if self._graph is None:
             return
-        self._graph = None
-        with suppress(RuntimeError):
+        with suppress(Exception):
             self._recording.close()
+        self._repair()
+
+    def _repair(self) -> None:
+        """What a failed capture leaves behind up to torch 2.12: a generator and an allocator that believe in it."""
+        self._graph = None
+        generator = torch.cuda.default_generators[self._device.index]
+        generator.graphsafe_set_state(generator.clone_state())
+        with suppress(Exception):
+            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
 
     def random_state(self) -> Tensor:
         """Of torch's generator for the device."""
@@ -146,6 +166,9 @@ class StepGraphs:
         The tensors in which the step leaves its gradient, always the same ones.
     name
         Of the stage, for messages.
+    precision
+        In which the step computes. A replay may differ from the plain step by half of its digits, for sums of a GPU
+        have no fixed order.
 
     Attributes
     ----------
@@ -155,10 +178,13 @@ class StepGraphs:
         Why there are no graphs (any more), or None.
     """
 
-    def __init__(self, recorder: Recorder, gradient: list[Tensor], name: str) -> None:
+    def __init__(
+        self, recorder: Recorder, gradient: list[Tensor], name: str, precision: torch.dtype = torch.float32
+    ) -> None:
         self.replays = 0
         self.given_up: str | None = None
         self._recorder, self._gradient, self._name = recorder, gradient, name
+        self._tolerance = torch.finfo(precision).eps ** 0.5
         self._steps = 0
         self._pieces: list[Callable[[], None]] = []
         self._result: Result | None = None
@@ -208,26 +234,28 @@ class StepGraphs:
         return self._result
 
     def _record(self, step: Callable[[], Result]) -> Result:
+        """Record, and take the step without graphs: nothing has compared them yet."""
         state = self._recorder.random_state()
-        self._recording = True
+        gc.collect()  # graphs of an earlier training must not end inside this recording
+        self._recording, reason = True, None
         try:
             self._recorder.begin()
-            result = step()
+            self._result = step()
             self._end_piece()
         except BaseException as error:
             self._recorder.abandon()
-            self._recording = False
             if not isinstance(error, Exception):
                 raise
-            draws = self._draws()
-            self._give_up(f"they could not be recorded ({_first_line(error)})")
-            # What was drawn is used, so that the loss curve is that of a run without graphs.
-            return self._plainly(step, state, draws)
-        self._recording = False
-        self._result = result
-        n_graphs = sum(not isinstance(piece, _Call) for piece in self._pieces)
-        logger.info("Stage %s: every step is replayed as %d CUDA graphs.", self._name, n_graphs)
-        return result
+            reason = f"they could not be recorded ({_first_line(error)})"
+        finally:
+            self._recording = False
+        draws = self._draws()
+        if reason is not None:  # here, where the error no longer holds the memory of the step
+            self._give_up(reason)
+        else:
+            n_graphs = sum(not isinstance(piece, _Call) for piece in self._pieces)
+            logger.info("Stage %s: every step is replayed as %d CUDA graphs.", self._name, n_graphs)
+        return self._plainly(step, state, draws)
 
     def _end_piece(self) -> None:
         """What was recorded runs at once: the call that follows needs its results."""
@@ -237,25 +265,38 @@ class StepGraphs:
 
     def _compare(self, step: Callable[[], Result]) -> Result:
         """Replay, and take the same step without graphs: the same draws and dropout, everything else anew."""
+        assert self._result is not None
         state = self._recorder.random_state()
         for piece in self._pieces:
             piece()
             if isinstance(piece, _Call):
                 piece.remember_state()
-        replayed = [part.clone() for part in self._gradient]
-        result = self._plainly(step, state, self._draws())
-        error = float(nn.utils.get_total_norm([a - b for a, b in zip(replayed, self._gradient, strict=True)]))
+        gradient = [part.clone() for part in self._gradient]
+        replayed = {name: float(value) for name, value in self._result.items()}
+        draws = self._draws()
+        try:
+            result: Result | None = self._plainly(step, state, draws)
+        except torch.OutOfMemoryError:
+            result = None
+        if result is None:  # the graphs hold the memory of a step, and that of another is not there
+            self._give_up("memory does not hold a step beside them, with which to compare them")
+            return self._plainly(step, state, draws)
+        error = float(nn.utils.get_total_norm([a - b for a, b in zip(gradient, self._gradient, strict=True)]))
         norm = float(nn.utils.get_total_norm(self._gradient))
-        if math.isfinite(norm):
-            # Half of the digits: sums of a GPU have no fixed order, and a step that is another one differs in all.
-            if error <= max(torch.finfo(part.dtype).eps for part in self._gradient) ** 0.5 * norm:
-                self._compared = True
-                logger.info(
-                    "Stage %s: the first replay has the step's gradient (%.1g).", self._name, error / (norm or 1)
-                )
-            else:
-                self._give_up(f"the gradient of a replayed step is wrong by {error:.2g}, its norm is {norm:.2g}")
+        if not math.isfinite(norm):
+            return result  # it proves nothing
+        if not error <= self._tolerance * norm:
+            self._give_up(f"the gradient of a replayed step is wrong by {error:.2g}, its norm is {norm:.2g}")
+            return result
+        plain = {name: float(value) for name, value in result.items()}
+        wrong = [name for name, value in plain.items() if not self._agree(replayed.get(name, math.nan), value)]
+        if wrong:
+            self._give_up(f"figures of a replayed step are wrong ({', '.join(wrong)})")
+        self._compared = True
         return result
+
+    def _agree(self, a: float, b: float) -> bool:
+        return a == b or abs(a - b) <= self._tolerance * max(1.0, abs(b)) or (math.isnan(a) and math.isnan(b))
 
     def _plainly(self, step: Callable[[], Result], state: Any, draws: list[_Call]) -> Result:
         """The step without graphs, from a state of the generator, with the draws that were made for it."""

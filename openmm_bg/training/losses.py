@@ -155,10 +155,11 @@ def log_variance(
         ``loss`` is the surrogate ``-mean(r log q)`` with r held fixed, half the gradient of mean(r²); both NaN if no
         sample counts.
     """
-    log_q = density.log_prob(y)
-    residual = (log_density.double() - log_q.detach().double() - log_z).clamp(-clip, clip).to(log_q.dtype)
     if keep is None:
-        return VarianceResult(-(residual * log_q).mean(), residual.square().mean())
+        keep = torch.ones(y.shape[0], dtype=torch.bool, device=y.device)
+    # Rows that do not count pass the flow as 0, for an infinite log q of theirs would make the sum NaN.
+    log_q = density.log_prob(torch.where(keep[:, None], y, 0.0))
+    residual = (log_density.double() - log_q.detach().double() - log_z).clamp(-clip, clip).to(log_q.dtype)
     residual = torch.where(keep, residual, 0.0)
     return VarianceResult(-(residual * log_q).sum() / keep.sum(), residual.square().sum() / keep.sum())
 

@@ -43,7 +43,9 @@ class GradientStep:
     def begin_stage(self, stage: Stage) -> None:
         """Graphs are those of one stage; before its first step, and where it is resumed."""
         if self._new_recorder is not None:
-            self.graphs = StepGraphs(self._new_recorder(), self._gradient, stage.name)
+            small = self._config.network_precision == "bfloat16"
+            precision = torch.bfloat16 if small else self._gradient[0].dtype
+            self.graphs = StepGraphs(self._new_recorder(), self._gradient, stage.name, precision)
             self._objective.outside = self.graphs.outside
 
     def end_stage(self) -> None:
@@ -87,14 +89,19 @@ class GradientStep:
         for name, term in terms.items():
             if term.requires_grad:
                 shared = name == "kl" and "w2" in terms  # the samples' pass through the flow
-                found = torch.autograd.grad(term, self._parameters, retain_graph=shared, allow_unused=True)
-                self._add(found, weights[name])
+                self._add(self._differentiated(term, shared), weights[name])
         used = [gradient for gradient, is_used in zip(self._gradient, self._used, strict=True) if is_used]
         norm = nn.utils.get_total_norm(used) if used else torch.full_like(loss, torch.nan)
         reported = {name: figures.pop(name, term).detach() for name, term in terms.items()}
         return {"loss": loss, "gradient_norm": norm, **reported, **figures}
 
-    def _add(self, found: tuple[Tensor | None, ...], weight: float) -> None:
+    def _differentiated(self, term: Tensor, shared: bool) -> list[Tensor | None]:
+        """Its gradient by each parameter; None for those that it does not depend on or that are frozen."""
+        free = [p for p in self._parameters if p.requires_grad]
+        found = iter(torch.autograd.grad(term, free, retain_graph=shared, allow_unused=True))
+        return [next(found) if p.requires_grad else None for p in self._parameters]
+
+    def _add(self, found: list[Tensor | None], weight: float) -> None:
         """Clip the gradient of a loss and add it with its weight."""
         gradients = [gradient for gradient in found if gradient is not None]
         self._ranks.sum_gradients(gradients)

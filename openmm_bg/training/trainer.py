@@ -218,6 +218,8 @@ class Trainer:
             except KeyboardInterrupt:
                 # Not between two steps (a second Ctrl-C, or one outside the main thread): nothing is saved.
                 raise self._interrupted() from None
+            finally:
+                self._gradient_step.end_stage()
         self._finish()
         return self.history
 

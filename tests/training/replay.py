@@ -1,4 +1,4 @@
-"""What stands for CUDA graphs on a CPU: torch's calls, recorded and run again on the same memory.
+"""What stands for CUDA graphs on a CPU: torch's calls, recorded and run again on the same memory. And what is trained.
 
 As in a CUDA graph the control flow, the shapes and Python's numbers are those of the recording, and results lie where
 they lay. What a graph cannot hold is refused: a look at a number, a shape that depends on one.
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from openmm_bg.training import LossWeights, Stage
+from openmm_bg.training.graphs import WARMUP
 
 aten = torch.ops.aten
 WAITS = {
@@ -105,3 +108,22 @@ def again(func: Any, args: tuple, kwargs: dict, result: Any) -> None:
     for place, value in zip(_pytree.tree_leaves(result), _pytree.tree_leaves(new), strict=True):
         if isinstance(place, Tensor) and place.data_ptr() != value.data_ptr():
             place.copy_(value)
+
+
+STEPS = WARMUP + 6
+LOSSES = {
+    "likelihood": {"nll": 1.0},
+    "w2": {"nll": 1.0, "w2": 5.0},
+    "energy": {"nll": 1.0, "w2": 5.0, "kl": 0.1},
+    "energy alone": {"kl": 0.1},
+    "buffer": {"buffer": 1.0, "variance": 0.3},
+    "path": {"nll": 1.0, "path": 0.1},
+}
+
+
+def stages(name: str, **changes) -> list[Stage]:
+    return [Stage(name=name, losses=LossWeights(**LOSSES[name]), steps=STEPS, learning_rate=1e-3, **changes)]
+
+
+def flow(kit, dropout: float = 0.2):
+    return kit.small_flow(conditioner="attention", d_model=8, d_key=4, d_value=8, linear="spline", dropout=dropout)
