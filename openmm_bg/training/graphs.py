@@ -301,8 +301,11 @@ class StepGraphs:
     def _plainly(self, step: Callable[[], Result], state: Any, draws: list[_Call]) -> Result:
         """The step without graphs, from a state of the generator, with the draws that were made for it."""
         self._recorder.set_random_state(state)
-        self._recalled = draws
-        return step()
+        self._recalled = list(draws)
+        try:
+            return step()
+        finally:
+            self._recalled = []
 
     def _draws(self) -> list[_Call]:
         return [piece for piece in self._pieces if isinstance(piece, _Call) and piece.draws]
