@@ -174,7 +174,7 @@ STAGES = {
     "split-nll-w2": [Part("nll+w2", 0.8, 1e-3, {"nll": 1.0, "w2": 1.0})],
     "split-nll-w2-kl": THREE,
     # Slow, for without W2 the fourth stage unlearns what W2 has taught.
-    "split-all": [*THREE, Part("nll+kl", 0.05, 2e-6, {"nll": 1.0, "kl": 1.2}, samples=16)],
+    "split-all": [*THREE, Part("nll+kl", 0.05, 1e-6, {"nll": 1.0, "kl": 1.2}, samples=16)],
 }
 
 
