@@ -346,11 +346,13 @@ class TrainingConfig(_Strict):
                 stages=[
                     Stage(name="nll", losses=LossWeights(nll=1.0), epochs=200, learning_rate=1e-3),
                     Stage(name="nll+w2", losses=LossWeights(nll=1.0, w2=1.0), epochs=50, learning_rate=5e-4),
+                    # Gradients are clipped, so that λ are shares of a step: near those that served "protein", whose
+                    # fourth stage unlearns W2 unless it is slow (docs/benchmarks.md).
                     Stage(
-                        name="nll+w2+kl", losses=LossWeights(nll=1.0, w2=0.2, kl=0.05), epochs=20,
+                        name="nll+w2+kl", losses=LossWeights(nll=1.0, w2=0.9, kl=0.9), epochs=20,
                         learning_rate=2e-4,
                     ),
-                    Stage(name="nll+kl", losses=LossWeights(nll=1.0, kl=0.2), epochs=10, learning_rate=1e-4),
+                    Stage(name="nll+kl", losses=LossWeights(nll=1.0, kl=1.0), epochs=10, learning_rate=1e-5),
                     Stage(name="buffer", losses=LossWeights(buffer=1.0), epochs=10, learning_rate=2e-4),
                 ],
             )  # fmt: skip
