@@ -32,6 +32,11 @@ def train(folder, out):
 
 train(None, directory / "whole")  # first: it also imports what would delay the children's first step
 chance = random.Random(0)
+
+def stamp():
+    file = directory / "run" / "checkpoint.json"
+    return file.stat().st_mtime_ns if file.exists() else 0
+
 finished = directory / "finished"
 log = []
 for attempt in range(60):
@@ -42,12 +47,16 @@ for attempt in range(60):
             os._exit(0)
         finally:
             os._exit(1)
-    # A step writes its checkpoint within milliseconds: most kills meet a file half-written.
-    deadline = time.monotonic() + chance.uniform(0.05, 0.5) if attempt < 8 else float("inf")
+    # A step writes its checkpoint within milliseconds: most kills meet a file half-written. The first two may come
+    # before any, the others after some steps of this run, however slow the machine.
+    deadline = time.monotonic() + chance.uniform(0.05, 0.2) if attempt < 2 else float("inf")
+    before = stamp()
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             break
+        if 2 <= attempt < 8 and before is not None and stamp() != before:
+            deadline, before = time.monotonic() + chance.uniform(0.0, 0.3), None
         if time.monotonic() > deadline:
             os.kill(pid, signal.SIGKILL)
             deadline = float("inf")
