@@ -550,8 +550,14 @@ def picture(found: dict[str, dict[str, Any]]) -> Any:
         right.errorbar(nll[row], label, xerr=error[row], fmt="o", color=colour, markersize=8, capsize=3)
     left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=9)
     distances = [x for line in left.lines for x in line.get_xdata()]
-    if max(distances) > 3 * min(distances):
+    if (ratio := max(distances) / min(distances)) > 3.0:
+        from matplotlib.ticker import LogLocator, NullLocator
+
         left.set_xscale("log")
+        left.xaxis.set_major_locator(
+            LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if ratio < 5.0 else (1.0, 2.0, 5.0))
+        )
+        left.xaxis.set_minor_locator(NullLocator())
         left.xaxis.set_major_formatter("{x:g}")
     middle.set_xscale("log")
     middle.set_xlabel("median energy\nabove rigid MD's (kcal/mol)")
