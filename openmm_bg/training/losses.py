@@ -157,8 +157,9 @@ def log_variance(
     """
     if keep is None:
         keep = torch.ones(y.shape[0], dtype=torch.bool, device=y.device)
-    # Rows that do not count pass the flow as 0, for an infinite log q of theirs would make the sum NaN.
-    log_q = density.log_prob(torch.where(keep[:, None], y, 0.0))
+    # In the place of rows that do not count one that does passes the flow: where theirs is infinite the sum were NaN.
+    one = y.index_select(0, keep.to(torch.uint8).argmax().reshape(1))
+    log_q = density.log_prob(torch.where(keep[:, None], y, one))
     residual = (log_density.double() - log_q.detach().double() - log_z).clamp(-clip, clip).to(log_q.dtype)
     residual = torch.where(keep, residual, 0.0)
     return VarianceResult(-(residual * log_q).sum() / keep.sum(), residual.square().sum() / keep.sum())

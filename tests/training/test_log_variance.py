@@ -63,6 +63,29 @@ def test_samples_that_do_not_count(samples):
     assert float(everything.residual.detach()) != pytest.approx(float(alone.residual.detach()), rel=1e-3)
 
 
+@pytest.mark.parametrize("strange", [0.0, -1.0, math.inf, math.nan])
+def test_samples_that_do_not_count_may_lie_where_there_is_no_density(strange):
+    """As a bond length of 0 does. Deliberate error: they count."""
+
+    class LogNormal(Gaussian):
+        def log_prob(self, y):
+            return super().log_prob(y.log()) - y.log().sum(-1)
+
+    density = LogNormal([0.1, 0.2], [0.0, 0.3])
+    y = torch.rand(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
+    for first in (0, 1):  # whether the first row counts
+        keep = torch.arange(40) % 2 == first
+        given = torch.where(keep[:, None], y, strange)
+        log_density = target(given)
+        found = log_variance(density, given, log_density, LOG_Z, keep=keep)
+        alone = log_variance(density, y[keep], log_density[keep], LOG_Z)
+        assert float(found.loss.detach()) == pytest.approx(float(alone.loss.detach()), rel=1e-12)
+        gradients = (torch.autograd.grad(result.loss, list(density.parameters())) for result in (found, alone))
+        for mine, theirs in zip(*gradients, strict=True):
+            assert torch.allclose(mine, theirs, rtol=1e-9)
+        assert not math.isfinite(float(log_variance(density, given, log_density, LOG_Z).loss.detach()))
+
+
 def test_every_sample_is_silent_at_the_optimum(samples):
     density = Gaussian([1.0, 1.0], [0.6931471805599453] * 2).double()
     result = log_variance(density, samples, target(samples), LOG_Z)
