@@ -251,6 +251,7 @@ def test_processes_are_pinned_and_the_caller_is_not(make_context, frames):
 def test_ends_and_leaves_nothing(make_context, frames):
     context = make_context()
     ContextPool(context, platform="Reference", n_workers=1, processes=True).close()
+    gc.collect()  # what earlier tests have dropped goes now, not below
     files = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     pool = ContextPool(context, platform="Reference", n_workers=2, processes=True)
     found = pids(pool)
